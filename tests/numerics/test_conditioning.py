@@ -28,8 +28,8 @@ def linear_map(matrix):
     return ReversibleSequential(block)
 
 
-def test_an_isometry_costs_one_in_each_direction():
-    model = linear_map(torch.zeros(4, 4))
+@pytest.mark.parametrize("model", [linear_map(torch.zeros(4, 4)), ReversibleSequential()], ids=["zero", "empty"])
+def test_an_isometry_costs_one_in_each_direction(model):
     x = torch.randn(5, 4, dtype=torch.float64)
     assert conditioning_penalty(model, x).item() == pytest.approx(2)
     assert conditioning_penalty(model, x, forward_weight=3, inverse_weight=0).item() == pytest.approx(3)
@@ -177,6 +177,7 @@ def test_minimizing_the_penalty_lowers_the_amplification():
             r"`inverse_weight` \(=-1\) must be",
         ),
         (lambda m, x: conditioning_penalty(m, x, inverse_weight="x"), ValueError, r"`inverse_weight` \(='x'\) must be"),
+        (lambda m, x: conditioning_penalty(m, x, kwargs=[1]), TypeError, r"`kwargs` \(=list\) must be a dict"),
         (lambda m, x: conditioning_penalty(m, x, step=0), ValueError, r"`step` \(=0\) must be a positive number"),
         (lambda m, x: conditioning_penalty(m, x, step="a"), ValueError, r"`step` \(='a'\) must be a positive number"),
         (lambda m, x: conditioning_penalty(m, x, num_blocks=1.5), ValueError, r"`num_blocks` \(=1.5\) must be a pos"),

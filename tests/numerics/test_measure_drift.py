@@ -283,6 +283,11 @@ def test_the_report_thins_out_many_blocks():
         (lambda x: measure_drift(perceptrons(), x, loss=3), TypeError, r"`loss` \(=3\) must be a function"),
         (lambda x: measure_drift(perceptrons(), x, autocast="bf16"), TypeError, r"`autocast` \(='bf16'\) must be"),
         (lambda x: measure_drift(perceptrons(), x, loss=lambda y: y), TypeError, r"`loss` returned .* a scalar"),
+        (
+            lambda x: measure_drift(perceptrons(), x, loss=lambda y: y.sum() * 1j),
+            TypeError,
+            "`loss` returned .*complex64",
+        ),
         (lambda x: measure_drift(perceptrons(), x, loss=lambda y: 0.5), TypeError, r"`loss` returned float"),
         (lambda x: measure_drift(perceptrons(), x, loss=lambda y: y.detach().sum()), ValueError, "requires no gradi"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet._checks import check_count, check_positive_number, describe, is_number
+from revnet._checks import check_count, check_positive_number, check_step_arguments, describe, is_number
 from revnet._types import Streams
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractReversibleBlock, Reverse, ReversibleSequential
@@ -64,7 +64,7 @@ def conditioning_penalty(
         Behrmann, Vicol, Wang, Grosse and Jacobsen (2021), Understanding and Mitigating Exploding Inverses in Invertible
             Neural Networks, section 4: bi-directional finite-difference regularization.
     """
-    _check(sequence, forward_weight, inverse_weight, step, num_blocks)
+    _check(sequence, kwargs, forward_weight, inverse_weight, step, num_blocks)
     keywords = dict(kwargs or {})
     if num_blocks is not None and num_blocks < len(sequence):
         start = int(torch.randint(len(sequence) - num_blocks + 1, ()))
@@ -83,12 +83,18 @@ def conditioning_penalty(
 
 
 def _check(
-    sequence: ReversibleSequential, forward_weight: float, inverse_weight: float, step: float, num_blocks: int | None
+    sequence: ReversibleSequential,
+    kwargs: Mapping[str, Any] | None,
+    forward_weight: float,
+    inverse_weight: float,
+    step: float,
+    num_blocks: int | None,
 ) -> None:
     if not isinstance(sequence, ReversibleSequential):
         raise TypeError(
             f"`sequence` (={type(sequence).__name__}) must be a ReversibleSequential, such as a part of the model."
         )
+    check_step_arguments(sequence, kwargs, None, None)
     for name, weight in (("forward_weight", forward_weight), ("inverse_weight", inverse_weight)):
         if not is_number(weight) or weight < 0:
             raise ValueError(f"`{name}` (={describe(weight)}) must be a number from 0 up; 1e-4 of the loss is usual.")
@@ -126,7 +132,7 @@ class _Inverse(nn.Module):
             assert isinstance(block, AbstractReversibleBlock)
             first = block if first is None else first
             half_blocks += block.half_blocks(f"blocks.{index}.")
-        if not all(half_block.coupling.is_additive for half_block in half_blocks):
+        if first is None or not all(half_block.coupling.is_additive for half_block in half_blocks):
             return self.sequence.inverse(y, *args, **kwargs)
         undone = [half_block._replace(function=_Negative(half_block.function)) for half_block in reversed(half_blocks)]
         chain = Chain(undone)

@@ -138,6 +138,8 @@ def _checked(loss: Loss) -> Loss:
         if not isinstance(value, Tensor) or value.numel() != 1:
             returned = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"`loss` returned {returned}; it must return a scalar tensor: take the mean or the sum.")
+        if value.is_complex():
+            raise TypeError(f"`loss` returned a {value.dtype} tensor; it must return a real scalar: take `.abs()`.")
         if not value.requires_grad:
             raise ValueError(
                 "`loss` returned a tensor that requires no gradient, so nothing can be trained; do not detach the "

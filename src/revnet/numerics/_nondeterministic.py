@@ -83,7 +83,7 @@ def find_nondeterministic(
             handle = caller.register_forward_pre_hook(probe(name, function), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(restoring_state(model))
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             model(*inputs, **keywords)
     return tuple(differing.values())
 
