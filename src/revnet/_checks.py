@@ -147,9 +147,10 @@ def check_tensor(name: str, value: Any, *, hint: str = "convert it with `torch.a
 
 
 def check_floating(name: str, value: Tensor) -> None:
-    """Raise unless the tensor `value` is floating-point or complex."""
-    if not (value.is_floating_point() or value.is_complex()):
-        raise TypeError(f"`{name}` has dtype {value.dtype}, but must be floating-point; pass `{name}.float()`.")
+    """Raise unless the tensor `value` is floating-point. Complex numbers are not."""
+    if not value.is_floating_point():
+        conversion = "real" if value.is_complex() else "float()"
+        raise TypeError(f"`{name}` has dtype {value.dtype}, but must be floating-point; pass `{name}.{conversion}`.")
 
 
 def check_mask(mask: Any, shape: Sequence[int], *, takes_documents: bool = False, name: str = "mask") -> None:

@@ -1008,3 +1008,18 @@ def test_object_among_the_arguments_raises(fullgraph):
         compiled(torch.randn(4, 6), scale=[Scale()])
     with pytest.raises(Exception, match=r"argument 0 after the input is an object of Scale"):
         compiled(torch.randn(4, 6), Scale(), scale=1)
+
+
+def test_error_of_a_function_is_reported():
+    """The trace would break the graph there, and report that the function cannot run on tensors without values."""
+
+    class Missing(nn.Module):
+        def forward(self, x):
+            raise NotImplementedError("no argument is supported")
+
+    x = torch.randn(4, 6)
+    sequence = ReversibleSequential(ReversibleBlock(Scaled(), nn.Linear(3, 3)))
+    with pytest.raises(Exception, match=r"TypeError: .*forward\(\) got an unexpected keyword argument 'scale'"):
+        torch.compile(sequence, backend="aot_eager")(x, scale=2)
+    with pytest.raises(Exception, match="no argument is supported"):
+        torch.compile(ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), Missing())), backend="aot_eager")(x)

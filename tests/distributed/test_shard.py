@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -299,14 +300,23 @@ def check_own_sharding_is_as_before() -> None:
     x = torch.randn(3, 8)
     warns = pytest.warns(ReconstructionWarning, match=r"torch\.bfloat16.*with FSDP2, `revnet.distributed.shard_blocks`")
     raises = pytest.raises(RuntimeError, match=r"replaced its input: it cast .*`revnet.distributed.shard_blocks\(model")
-    for coupling, dtype, outcome in ((None, torch.bfloat16, warns), (None, None, raises), (FixedPoint(), None, raises)):
+    raises_later = pytest.raises(RuntimeError, match=r"replaced its output: it cast .*`revnet.distributed.shard_blocks")
+    widens = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    for coupling, dtype, policy, outcomes in (
+        (None, torch.bfloat16, BF16, [warns]),
+        (None, None, BF16, [raises]),
+        (FixedPoint(), None, BF16, [raises]),
+        (None, torch.bfloat16, widens, [warns, raises_later]),
+    ):
         blocks = make("network").blocks
         if coupling is not None:
             set_coupling(blocks, coupling)
         for block in blocks:
-            fully_shard(block, mp_policy=BF16)
+            fully_shard(block, mp_policy=policy)
         fully_shard(blocks)
-        with outcome:
+        with ExitStack() as stack:
+            for outcome in outcomes:
+                stack.enter_context(outcome)
             blocks(x.to(dtype))
 
 

@@ -144,7 +144,7 @@ def test_call_keeps_only_its_arguments():
 
 
 def test_call_that_overwrites_its_argument_raises():
-    with pytest.raises(RuntimeError, match=r"Sequential modified an argument in place.*`inplace=False`"):
+    with pytest.raises(RuntimeError, match=r"`Sequential` modified an argument in place.*`inplace=False`"):
         checkpointed_call(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), (torch.randn(2, 3),), {})
 
 

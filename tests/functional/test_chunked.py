@@ -61,6 +61,73 @@ def test_backward_uses_the_autocast_of_the_forward_pass():
         assert (actual - expected).abs().max() <= 2**-4 * expected.abs().max()
 
 
+class Quadratic(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=dtype))
+
+    def forward(self, x):
+        return x * self.weight**2
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 256), (torch.float16, 2048)])
+@pytest.mark.parametrize("how", ["backward", "twice", "batched", "torch.func", "compile"])
+def test_gradients_of_low_precision_are_summed_in_float32(dtype, largest, how):
+    """In these types, `largest + 1` is `largest`."""
+    x = torch.tensor([1, largest, 1], dtype=dtype)
+    expected = torch.tensor([2.0 * (largest + 2)], dtype=dtype)
+    model = InChunks(Quadratic(dtype))
+    weight = model.module.weight
+    if how == "torch.func":
+        grads = torch.func.grad(lambda weights: functional_call(model, weights, x).sum())
+        assert torch.equal(grads({"module.weight": weight.detach()})["module.weight"], expected)
+        return
+    function = torch.compile(model, backend="eager", fullgraph=True) if how == "compile" else model
+    y = function(x)
+    if how == "batched":
+        vectors = torch.ones(2, 3, dtype=dtype)
+        (grad,) = torch.autograd.grad(y, weight, vectors, is_grads_batched=True)
+        assert torch.equal(grad, expected.expand(2, 1))
+        return
+    (grad,) = torch.autograd.grad(y.sum(), weight, create_graph=how == "twice")
+    assert torch.equal(grad, expected)
+    if how == "twice":
+        assert torch.equal(*torch.autograd.grad(grad, weight), expected)
+
+
+def test_sparse_gradients_of_low_precision():
+    embedding = nn.Embedding(3, 2, sparse=True).bfloat16()
+    chunked(embedding, torch.tensor([1, 1, 0, 1]), 3, dim=0).sum().backward()
+    assert_close(embedding.weight.grad.to_dense(), torch.tensor([[1, 1], [3, 3], [0, 0]]).bfloat16(), tolerance=0)
+
+
+class WithoutGraph(nn.Module):
+    """Computes an output that depends on nothing for autograd, if the input is positive or always."""
+
+    def __init__(self, is_always):
+        super().__init__()
+        self.layer, self.is_always = nn.Linear(4, 4).double(), is_always
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y.detach() if self.is_always or bool(x.detach().sum() > 0) else y
+
+
+@pytest.mark.parametrize("is_always", [True, False])
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_outputs_without_a_graph(is_always, create_graph):
+    module = WithoutGraph(is_always)
+    x = torch.tensor([1.0, -1, -1], dtype=torch.float64)[:, None].expand(3, 4).clone().requires_grad_()
+    y = chunked(module, x, 3, dim=0)
+    assert y.requires_grad is not is_always
+    (grad,) = torch.autograd.grad((x + y).sum(), x, create_graph=create_graph)
+    expected = torch.autograd.grad((x + torch.cat([module(part) for part in x.split(1)])).sum(), x)[0]
+    assert_close(grad, expected, tolerance=1e-12)
+    model = ReversibleSequential(ReversibleBlock(InChunks(module), nn.Identity()), policy=Reverse(keep="linear"))
+    model(torch.ones(3, 8, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert module.layer.weight.grad is None
+
+
 class Whole(nn.Module):
     def __init__(self, num_chunks):
         super().__init__()

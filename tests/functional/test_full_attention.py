@@ -76,6 +76,17 @@ def test_batched_gradients(create_graph):
     assert_close(*results, tolerance=1e-12)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_low_precision_are_summed_in_float32(create_graph):
+    """In bfloat16, 256 + 1 is 256. All weights are 1 / 16."""
+    q, k, v = (torch.zeros(1, 1, 16, 2, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    vector = torch.zeros(1, 1, 16, 2, dtype=torch.bfloat16)
+    vector[:, :, 0], vector[:, :, 4], vector[:, :, 8] = 16 * 256, 16, 16  # in three parts
+    y = full_attention(q, k, v, mask=torch.ones(1, 16, dtype=torch.long))
+    (grad,) = torch.autograd.grad(y, v, vector, create_graph=create_graph)
+    assert torch.equal(grad, torch.full_like(grad, 258))
+
+
 def test_transforms_of_functions():
     tensors = [tensor.detach() for tensor in inputs()]
     with sdpa_kernel(SDPBackend.MATH):

@@ -164,3 +164,37 @@ def test_a_graph_of_the_gradient_may_exist(attend):
     assert_close(batched, alone, tolerance=1e-12)
     with pytest.raises(NotImplementedError, match="no second derivatives"):
         torch.autograd.grad(y, x, vectors, is_grads_batched=True, create_graph=True)
+
+
+# PyTorch warns of what it vectorizes by a loop; its rules for forward mode use a deprecated function.
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*torch.jit.script")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", ["hierarchical", "lsh"])
+def test_transforms_of_functions(kind, is_causal):
+    """They use ordinary autograd, which has second derivatives."""
+    q, k, v = random_inputs(9, B=1, H=1)
+    mask = torch.tensor([[True] * 4 + [False] + [True] * 4])
+
+    def attend(q, k, v):
+        if kind == "hierarchical":
+            return hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=mask)
+        generator = torch.Generator().manual_seed(0)
+        return lsh_attention(q, v, bucket_size=2, is_causal=is_causal, mask=mask, generator=generator)
+
+    def loss(q):
+        return squares(attend(q, k.detach(), v.detach()))
+
+    q = q.detach()
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert_close(torch.func.grad(loss)(q), expected, tolerance=1e-12)
+    tangent = torch.randn_like(q)
+    assert_close(torch.func.jvp(loss, (q,), (tangent,))[1], (expected * tangent).sum(), tolerance=1e-12)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, tangent)
+        assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent, (expected * tangent).sum())
+    both = torch.func.vmap(loss, randomness="same")(torch.stack((q, 2 * q)))
+    assert_close(both, torch.stack((loss(q), loss(2 * q))), tolerance=1e-12)
+    second = torch.func.jvp(torch.func.grad(loss), (q,), (tangent,))[1]
+    step = 1e-6 * tangent
+    assert_close(second, (torch.func.grad(loss)(q + step) - torch.func.grad(loss)(q - step)) / 2e-6, tolerance=1e-6)

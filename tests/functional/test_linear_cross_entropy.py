@@ -82,6 +82,16 @@ def test_equals_whole_logits(chunk_size, options):
         assert_close(chunked(inputs, targets, chunk_size=chunk_size, **options), losses[1], tolerance=1e-13)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, 0.9])
+def test_smoothing_with_a_class_that_is_impossible(label_smoothing):
+    x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 0, 0, -torch.inf])
+    losses = [
+        function((x, weight, bias), torch.tensor([0, 1]), label_smoothing=label_smoothing)
+        for function in (chunked, whole)
+    ]
+    assert losses[0] == losses[1] == torch.inf
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
 def test_frozen_inputs(frozen):
     inputs, targets = make_inputs(torch.float64)
@@ -161,6 +171,15 @@ def test_second_backward_pass():
     assert_close(torch.autograd.grad(3 * loss, inputs), [3 * gradient for gradient in first], tolerance=1e-13)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, inputs)
+
+
+def test_transforms_explain_targets():
+    (x, weight, _), targets = make_inputs()
+    message = "`targets` must be from 0 to 49, or -100 for rows that do not count"
+    with pytest.raises(ValueError, match=f"{message}, but the others range from 50 to 50; use"):
+        torch.func.grad(lambda x: linear_cross_entropy(x, weight, torch.full_like(targets, 50)))(x)
+    with pytest.raises(ValueError, match=f"{message}; use a layer"):
+        torch.func.vmap(lambda targets: linear_cross_entropy(x, weight, targets))(torch.full((2, NUM_ROWS), 50))
 
 
 # PyTorch's rules for forward mode use a deprecated function.

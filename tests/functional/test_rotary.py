@@ -33,8 +33,17 @@ def test_low_precision_rotates_in_float32():
     assert torch.equal(y, rotate(x.float(), rotary_table(300, 4)).bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_in_low_precision_are_rounded(dtype):
+    """Positions above 256 or 2048 have no number of their own in these types."""
+    assert torch.equal(rotary_table(3000, 4, dtype=dtype), rotary_table(3000, 4).to(dtype))
+
+
 def test_rejects_odd_heads_and_other_lengths():
     with pytest.raises(ValueError, match=r"`head_dim` \(=5\) must be even, since rotary positions rotate pairs"):
         rotary_table(3, 5)
+    for head_dim in (5, 1):
+        with pytest.raises(ValueError, match=rf"`head_dim` \(={head_dim}\) must be even"):
+            rotate(torch.randn(1, 1, 3, head_dim), torch.zeros(2, 3, head_dim // 2))
     with pytest.raises(ValueError, match=r"`table` has shape \(2, 3, 2\), but must have \(2, 7, 2\); make it with"):
         rotate(torch.randn(1, 1, 7, 4), rotary_table(3, 4))

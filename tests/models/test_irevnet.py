@@ -134,7 +134,7 @@ def test_memory_is_flat_in_the_number_of_blocks():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_blocks": ()}, ValueError, r"`num_blocks` \(=\(\)\) must have one entry for each"),
+        ({"num_blocks": ()}, ValueError, r"`num_blocks` \(=\(\)\) must have at least one stage"),
         ({"strides": (1, 2)}, ValueError, r"`strides` \(=\(1, 2\)\) must have one entry .* 3 stages"),
         ({"strides": (1, 2, 4)}, ValueError, r"`strides\[2\]` \(=4\) must be 1, or 2 to halve"),
         ({"hidden_widths": (8,)}, ValueError, r"`hidden_widths` \(=\(8,\)\) must have one entry"),

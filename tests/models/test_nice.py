@@ -229,6 +229,16 @@ def test_rejects_wrong_options(options, error, message):
             TypeError,
             "dtype torch.uint8.*add uniform noise, and divide gray levels",
         ),
+        (
+            lambda m: m.inverse(torch.ones(2, 12).long()),
+            TypeError,
+            "`z` has dtype torch.int64, but must be floating-poi",
+        ),
+        (
+            lambda m: m.float().inverse(torch.rand(2, 12).double()),
+            TypeError,
+            r"`z` has dtype torch.float64, but the weights of the model have torch.float32; pass `z.float\(\)`, or",
+        ),
         (lambda m: m.inverse(torch.rand(2, 11)), ValueError, r"`z` \(of shape \(2, 11\)\) must be \(B, 12\)"),
         (lambda m: m.sample(0), ValueError, r"`num_samples` \(=0\)"),
         (lambda m: m.sample(1, temperature=-1), ValueError, r"`temperature` \(=-1\) must be a finite number"),

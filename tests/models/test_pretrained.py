@@ -282,6 +282,16 @@ def test_refuses_a_network_that_a_file_cannot_describe(tmp_path):
         model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"`stem.0.weight` is on the meta device"):
         tiny().to("meta").save_pretrained(tmp_path)
+    for change, difference in (
+        (lambda model: nn.utils.parametrizations.weight_norm(model.head), "a new one lacks .*parametrizations"),
+        (lambda model: model.add_module("more", nn.Linear(1, 1)), "a new one lacks the tensor `more.bias`"),
+        (lambda model: setattr(model, "head", nn.Linear(8, 5)), r"`head.bias` is \(3,\) in the file and \(5,\) in the"),
+    ):
+        model = tiny()
+        change(model)
+        with pytest.raises(ValueError, match=f"this RevNet was changed in a way that a file cannot .*: {difference}"):
+            model.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
 
     class WithModule(RevNet):
         def __init__(self, *, inner):

@@ -1,7 +1,11 @@
+import csv
+from importlib.resources import files
+
 import pytest
 import torch
 
 from revnet import create_model, list_models
+from revnet.memory import count_flops
 from revnet.models import published_image_size
 from revnet.models._registry import _ENTRIES, register_model
 
@@ -11,6 +15,9 @@ CIFAR = {
 }
 SIDES = {"irevnet_cifar": 4, "revvit_cifar": 8, "revvit_small": 14, "revvit_base": 14}
 """Number of final features of the networks that are not in the paper."""
+FIGURES = (files("revnet") / "models" / "published.csv").read_text().splitlines()
+QUICK = {"plain20", "revvit_cifar"}
+"""Models whose operations are counted quickly."""
 
 
 def make_on_meta(name, **options):
@@ -60,6 +67,25 @@ def test_shapes_at_the_published_image_size(name):
     features = model.forward_features(torch.empty(2, 3, size, size, device="meta"))
     assert features.shape == (2, model.num_features, side, side)
     assert model.forward_head(features).shape == (2, num_classes)
+
+
+def test_figures_are_listed_for_each_model():
+    figures = {row["name"]: int(row["image_size"]) for row in csv.DictReader(FIGURES)}
+    assert figures == {name: published_image_size(name) for name in list_models()}
+    assert list(figures) == list_models()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in list_models()]
+)
+def test_listed_figures_are_counted(name):
+    """A model that has changed fails here, and the failure shows the line for `published.csv`."""
+    size = published_image_size(name)
+    model = make_on_meta(name)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = count_flops(model, torch.empty(1, 3, size, size, device="meta"))
+    is_reversible = "yes" if model.is_reversible else "no"
+    assert f"{name},{num_parameters},{size},{model.num_classes},{flops},{is_reversible}" in FIGURES
 
 
 def test_register_model(monkeypatch):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from revnet import Additive, Reverse, Store
 from revnet.memory import measure, predict
 from revnet.models import ReversibleTransformer
+from revnet.models._sampling import draw_tokens
 from revnet.models.reversible_transformer import (
     h_transformer_base,
     h_transformer_large,
@@ -275,6 +276,13 @@ def test_top_k_and_top_p():
     assert drawn(top_p=1.0) == {0, 1, 2, 3}
 
 
+def test_top_p_of_one_keeps_tokens_beyond_a_sum_that_rounds_to_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: seen.append(p) or torch.zeros(1, 1, dtype=torch.long))
+    draw_tokens(torch.tensor([[20.0, 0.0, -1.0]]), 1.0, None, 1.0, None)
+    assert (seen[0] > 0).all()
+
+
 def test_logits_that_are_not_finite_draw_nothing():
     model = make(vocab_size=4)
     model.head = Fixed([0.0, float("nan"), 1.0, -1.0])
@@ -310,6 +318,7 @@ def test_generation_is_repeatable_and_reads_the_last_positions(options):
         ({"vocab_size": 0}, r"`vocab_size` \(=0\) must be a positive integer"),
         ({"max_length": 2.5}, r"`max_length` \(=2.5\) must be a positive integer"),
         ({"ff_mult": 0}, r"`ff_mult` \(=0\) must be a positive number"),
+        ({"ff_mult": 0.01}, r"`ff_mult` \(=0.01\) must give at least one feature, but 0.01 \* 8 is 0.08; 4 is usual"),
         ({"ff_chunks": 0}, r"`ff_chunks` \(=0\) must be a positive integer"),
         ({"attention": "lsh", "bucket_size": 0}, r"`bucket_size` \(=0\) must be a positive integer"),
         ({"attention": "lsh", "num_hashes": 1.5}, r"`num_hashes` \(=1.5\) must be a positive integer"),
@@ -369,7 +378,8 @@ def test_rejects_wrong_inputs(tokens, mask, error, message):
     ("arguments", "message"),
     [
         ({"num_new": -1}, r"`num_new` \(=-1\) must be a positive integer, or 0"),
-        ({"temperature": -1.0}, r"`temperature` \(=-1.0\) must be positive, or 0 for the most likely token"),
+        ({"temperature": -1.0}, r"`temperature` \(=-1.0\) must be positive and finite, or 0 for the most"),
+        ({"temperature": float("inf")}, r"`temperature` \(=inf\) must be positive and finite"),
         ({"temperature": float("nan")}, r"`temperature` \(=nan\) must be positive"),
         ({"top_k": 0}, r"`top_k` \(=0\) must be a positive integer"),
         ({"top_p": 0.0}, r"`top_p` \(=0.0\) must be above 0 and at most 1"),

@@ -321,7 +321,7 @@ def test_rejects_a_block_that_writes_to_its_argument():
     model(X).sum().backward()
     add_policies(model)
     set_policy(model, "checkpoint")
-    with pytest.raises(RuntimeError, match=r"blocks\.0 modified an argument in place.*`Store\(\)`"):
+    with pytest.raises(RuntimeError, match=r"`blocks\.0` modified an argument in place.*`Store\(\)`"):
         model(X)
 
 

@@ -34,6 +34,12 @@ def test_equals_a_linear_layer_with_cross_entropy(is_chunked, bias):
     assert_close(*gradients, tolerance=1e-13)
 
 
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_one_row(is_chunked):
+    head, (x, targets) = make_head(is_chunked=is_chunked), make_batch()
+    assert_close(head(x[0, 0], targets[0, 0]), head(x[:1, :1], targets[:1, :1]), tolerance=1e-13)
+
+
 def test_is_a_linear_layer():
     head = make_head()
     assert list(head.state_dict()) == list(nn.Linear(8, 20).state_dict())
@@ -55,6 +61,8 @@ def test_rejects_wrong_inputs(is_chunked):
     ):
         with pytest.raises(ValueError, match=message):
             head(x, changed)
+        with pytest.raises(ValueError, match=message):
+            torch.func.vmap(lambda x, changed=changed: head(x, changed))(x[None])
     with pytest.raises(ValueError, match=r"`x` has shape \(2, 5, 7\), but must have \(..., 8\)"):
         head(x[..., :7])
     with pytest.raises(TypeError, match=r"`is_chunked` .* must be True or False"):

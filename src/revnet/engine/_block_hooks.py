@@ -68,7 +68,7 @@ def _run_block(
     def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> Streams:
         nonlocal has_run
         # Checked before anything runs: the streams that a hook has replaced cannot be rebuilt.
-        _check_not_cast(block, name, streams, x)
+        _check_not_cast("input", block, name, streams, x)
         _check_same("input", name, (tuple(streams), chain.args, kwargs), (x, args_within, kwargs_within))
         has_run = True
         # Hooks pass on other tensors with the same memory; gradients reach a backward hook only through the nodes of
@@ -91,6 +91,7 @@ def _run_block(
             "so the sequence cannot run the block's residual functions reversibly; call `super().forward(x, *args, "
             "**kwargs)` in it, or put the module before or after the sequence."
         )
+    _check_not_cast("output", block, name, streams, y)
     _check_same("output", name, tuple(streams), y)
     streams[:] = y
 
@@ -105,15 +106,16 @@ def call_within(block: nn.Module) -> Callable[..., Streams] | None:
     return within[1]
 
 
-def _check_not_cast(block: nn.Module, name: str, streams: list[Tensor], x: Any) -> None:
-    """Raise if FSDP2 has cast the streams, which its mixed precision does to all inputs of a module."""
+def _check_not_cast(what: str, block: nn.Module, name: str, streams: list[Tensor], passed: Any) -> None:
+    """Raise if FSDP2 has cast the streams, which its mixed precision does to all inputs or outputs of a module."""
     if not hasattr(block, "set_requires_gradient_sync"):
         return
-    casts = [stream for stream in tree_leaves(x) if isinstance(stream, Tensor) and stream.dtype != streams[0].dtype]
+    dtype = streams[0].dtype
+    casts = [stream for stream in tree_leaves(passed) if isinstance(stream, Tensor) and stream.dtype != dtype]
     if casts:
         raise RuntimeError(
-            f"`fully_shard` with mixed precision replaced its input: it cast the streams of the block of `{name}` from "
-            f"{streams[0].dtype} to {casts[0].dtype}, in which they cannot be rebuilt; call "
+            f"`fully_shard` with mixed precision replaced its {what}: it cast the streams of the block of `{name}` "
+            f"from {dtype} to {casts[0].dtype}, which reversal cannot undo; call "
             "`revnet.distributed.shard_blocks(model, mp_policy=...)`, which keeps streams in float32, or shard the `f` "
             "and `g` of the block instead."
         )

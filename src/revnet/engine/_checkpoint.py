@@ -258,7 +258,7 @@ class _KeptCall:
         self._learned.learn(call.plan)
         if versions != versions_of(kept):
             raise RuntimeError(
-                f"{self._module._get_name()} modified an argument in place, so its activations cannot be "
+                f"`{self._module._get_name()}` modified an argument in place, so its activations cannot be "
                 "recomputed; use the out-of-place form of its first operation (`inplace=False`), or the policy "
                 "`Store()`."
             )

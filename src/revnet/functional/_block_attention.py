@@ -2,7 +2,7 @@
 
 Combining parts of one softmax needs their sums, which PyTorch's kernels do not return. Ordinary autograd would store
 the scores, the weights and the masks, each with an entry per pair of query and key; the function below stores the
-weights alone.
+weights alone. The transforms of `torch.func` and forward-mode differentiation get ordinary autograd.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revnet.functional._context import is_transformed
 from revnet.functional._once import differentiated_once
 
 UNSEEN = -1e9
@@ -37,10 +38,36 @@ def block_attention(
 
     Shape:
         q: (..., N, D); k, v: (..., M, D); unseen and bias: broadcastable to (..., N, M). Output: (..., N, D),
-        and (..., N) in at least float32. Can be differentiated once; a second time raises `NotImplementedError`.
+        and (..., N) in at least float32. Can be differentiated once; a second time raises `NotImplementedError`,
+        except where ordinary autograd runs.
     """
-    y, log_sums = _BlockAttention.apply(q, k.to(q.dtype), v.to(q.dtype), unseen, bias, alone)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if is_transformed():
+        return _with_ordinary_autograd(q, k, v, unseen, bias, alone)
+    y, log_sums = _BlockAttention.apply(q, k, v, unseen, bias, alone)
     return y, log_sums
+
+
+def add_logarithms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Return log(a + b). Either may be the logarithm of a sum over no keys, about `UNSEEN`."""
+    if is_transformed():  # The second derivative of `logaddexp` is NaN there.
+        return torch.stack((log_a, log_b)).logsumexp(0)
+    return torch.logaddexp(log_a, log_b)
+
+
+def _with_ordinary_autograd(
+    q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, bias: Tensor | None, alone: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `_BlockAttention` returns, by functions that write to no tensor."""
+    scores = q @ k.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if bias is not None:
+        scores = scores + bias
+    if alone is not None:
+        pairs = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(pairs.triu(alone).tril(alone), _ALONE)
+    scores = scores.masked_fill(unseen, UNSEEN)
+    return (scores.softmax(-1).to(v.dtype) @ v).to(v.dtype), scores.logsumexp(-1)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from revnet._checks import check_bool, check_mask, check_per_head
-from revnet._torch_internals import forward_mode_level, in_functorch_transform, is_batched_gradient
-from revnet.functional._chunked import autocast_now
+from revnet._torch_internals import is_batched_gradient
+from revnet.functional._context import autocast_now, check_same_dtype, is_transformed
 
 _MOST_ROWS = 1024
 """Largest number of queries whose mask exists at a time, if it has numbers of documents."""
@@ -39,13 +39,15 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
         q: (B, H, T, D); k, v: (B, G, S, D), where G divides H; mask: (B, S), bool or integers. Output: (B, H, T, D).
 
     Raises:
-        TypeError: An argument is not of the type in the signature.
+        TypeError: An argument is not of the type in the signature, or `q`, `k` and `v` are not floating-point, or have
+            different data types while autocast is off.
         ValueError: The shapes do not fit each other, or there are more queries than keys with `is_causal` or a `mask`.
 
     References:
         Vaswani et al. (2017), Attention Is All You Need, section 3.2.1.
     """
     check_per_head(q=q, k=k, v=v)
+    check_same_dtype(q=q, k=k, v=v)
     check_bool(is_causal=is_causal)
     check_mask(mask, (q.shape[0], k.shape[-2]), takes_documents=True)
     _check_shapes(q.shape, k.shape, v.shape, needs_positions=is_causal or mask is not None)
@@ -55,7 +57,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     if mask is None and T == 1:  # The last token sees all.
         return _dot_product(q, k, v)
     is_long = mask is not None and mask.dtype != torch.bool and T == S and T > _MOST_ROWS
-    if is_long and not (torch.compiler.is_compiling() or in_functorch_transform() or forward_mode_level() >= 0):
+    if is_long and not (torch.compiler.is_compiling() or is_transformed()):
         by_rows: Tensor = _AttentionByRows.apply(q, k, v, mask, is_causal)
         return by_rows
     return _attend(q, k, v, None if mask is None else mask[:, S - T :], mask, S - T, is_causal)
@@ -120,15 +122,26 @@ class _AttentionByRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         is_twice = torch.is_grad_enabled()  # a double backward: the parts belong to the caller's graph
-        q, k, v, mask = ctx.saved_tensors
+        *tensors, mask = ctx.saved_tensors
         wanted = [index for index in range(3) if ctx.needs_input_grad[index]]
-        sums = [torch.zeros_like(tensor) for tensor in (q, k, v)]
-        for own, seen in _rows(q.shape[-2], ctx.is_causal):
+        # Keys and values have a gradient from each part, and many of them would vanish in low precision.
+        wide = [
+            tensor.dtype if index == 0 else torch.promote_types(tensor.dtype, torch.float32)
+            for index, tensor in enumerate(tensors)
+        ]
+        sums = [torch.zeros_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, wide, strict=True)]
+        sources = tensors
+        if is_twice:  # Autograd adds the second derivatives, too.
+            sources = [tensor.to(dtype) for tensor, dtype in zip(tensors, wide, strict=True)]
+        for own, seen in _rows(tensors[0].shape[-2], ctx.is_causal):
             parts = (own, seen, seen)
             # Of PyTorch's kernels, only this one has second derivatives everywhere.
             kernel = sdpa_kernel(SDPBackend.MATH) if is_twice else nullcontext()
             with torch.enable_grad(), ctx.autocast, kernel:
-                inputs = [x[..., part, :] for x, part in zip((q, k, v), parts, strict=True)]
+                inputs = [
+                    source[..., part, :].to(tensor.dtype)
+                    for source, part, tensor in zip(sources, parts, tensors, strict=True)
+                ]
                 if not is_twice:
                     inputs = [tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
                 y = _attend(inputs[0], inputs[1], inputs[2], mask[:, own], mask[:, seen], own.start, ctx.is_causal)
@@ -140,7 +153,8 @@ class _AttentionByRows(torch.autograd.Function):
                     sums[index] = sums[index] + F.pad(result, (0, 0, part.start, length - part.stop))
                 else:
                     sums[index][..., part, :] += result
-        return *[sums[index] if index in wanted else None for index in range(3)], None, None
+        grads_of = [sums[index].to(tensors[index].dtype) if index in wanted else None for index in range(3)]
+        return *grads_of, None, None
 
 
 def _rows(length: int, is_causal: bool) -> Iterator[tuple[slice, slice]]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revnet._checks import check_block_size, check_bool, check_mask, check_per_head, check_same_heads
-from revnet.functional._block_attention import UNSEEN, block_attention
+from revnet.functional._block_attention import UNSEEN, add_logarithms, block_attention
 
 
 def hierarchical_attention(
@@ -46,11 +46,12 @@ def hierarchical_attention(
         q, k, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
 
     Raises:
-        TypeError: An argument is not of the type in the signature.
+        TypeError: An argument is not of the type in the signature, or `q`, `k` or `v` is not floating-point.
         ValueError: `block_size` is not a positive even number, or the shapes do not fit.
 
     Numerics:
-        The result can be differentiated once. Differentiating the gradient raises `NotImplementedError`.
+        The result can be differentiated once. Differentiating the gradient raises `NotImplementedError`, except under
+        the transforms of `torch.func` and in forward mode, which use ordinary autograd and store more.
 
     References:
         Zhu, Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, section 6.
@@ -72,7 +73,7 @@ def hierarchical_attention(
         finer_y, finer_log_sums = levels.pop()
         T = finer_log_sums.shape[-1]
         y, log_sums = y.repeat_interleave(2, dim=2)[:, :, :T], log_sums.repeat_interleave(2, dim=2)[:, :, :T]
-        total = torch.logaddexp(log_sums, finer_log_sums)
+        total = add_logarithms(log_sums, finer_log_sums)
         weight, finer_weight = ((sums - total).exp().to(y.dtype)[..., None] for sums in (log_sums, finer_log_sums))
         y, log_sums = weight * y + finer_weight * finer_y, total
     return y

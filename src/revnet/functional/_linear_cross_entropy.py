@@ -11,16 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from revnet._checks import check_choice, check_count, check_floating, check_share, check_tensor, describe, is_integer
-from revnet._torch_internals import (
-    backward_keeps_graph,
-    forward_mode_level,
-    in_functorch_transform,
-    is_batched_gradient,
-)
-from revnet._torch_release import has_autocast
+from revnet._torch_internals import backward_keeps_graph, is_batched_gradient
+from revnet.functional._context import autocast_dtype, check_same_dtype, is_transformed
 from revnet.functional._once import differentiated_once
 
-_LOW = (torch.float16, torch.bfloat16)
 _ONCE = (
     "a compiled `linear_cross_entropy` has no second derivatives, but its gradient was differentiated; call the "
     "function outside of `torch.compile`."
@@ -102,19 +96,18 @@ def linear_cross_entropy(
     # In a small integer type, `ignore_index` would be another class: -100 is 156 in uint8.
     rows, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
     options = ignore_index, float(label_smoothing)
-    if not torch.compiler.is_compiling() and (in_functorch_transform() or forward_mode_level() >= 0):
-        total = _total_of_logits(rows, weight, bias, targets, *options)
-    else:
-        size = default_chunk_size(rows.shape[0], *weight.shape) if chunk_size is None else chunk_size
-        try:
-            if torch.is_grad_enabled():
-                total = _ChunkedTotal.apply(rows, weight, bias, targets, *options, size)
-            else:
-                total = _chunked_total(rows, weight, bias, targets, *options, size, (False, False, False))[0]
-        except (IndexError, RuntimeError) as error:
-            if "out of bounds" not in str(error):
-                raise
-            raise target_error(targets, len(weight), ignore_index) from None
+    size = default_chunk_size(rows.shape[0], *weight.shape) if chunk_size is None else chunk_size
+    try:
+        if is_transformed():
+            total = _total_of_logits(rows, weight, bias, targets, *options)
+        elif torch.is_grad_enabled():
+            total = _ChunkedTotal.apply(rows, weight, bias, targets, *options, size)
+        else:
+            total = _chunked_total(rows, weight, bias, targets, *options, size, (False, False, False))[0]
+    except (IndexError, RuntimeError) as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise target_error(targets, len(weight), ignore_index) from None
     if reduction == "sum":
         return total
     count = (targets != ignore_index).sum()
@@ -147,7 +140,7 @@ class _ChunkedTotal(torch.autograd.Function):
         options = ignore_index, label_smoothing
         total, *gradients = _chunked_total(x, weight, bias, targets, *options, size, ctx.needs_input_grad[:3])
         ctx.options = options
-        ctx.autocast = _autocast_dtype(x)
+        ctx.autocast = autocast_dtype(x)
         # The inputs are for second derivatives. The layer before needs `x` anyway.
         ctx.save_for_backward(x, weight, bias, targets, *gradients)
         # Until PyTorch 2.11, `torch.compile` loses the gradient of a result that was written in place.
@@ -183,7 +176,7 @@ def _chunked_total(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the sum of the losses and its gradients by `x`, `weight` and `bias`, where they are needed."""
-    dtype = _autocast_dtype(x) or x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     precise = torch.promote_types(x.dtype, torch.float32)
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -224,7 +217,8 @@ def _loss_of_chunk(
     logits -= logits.amax(1, keepdim=True)
     at_target = logits.gather(1, classes)
     if label_smoothing:
-        at_target = at_target.lerp(logits.mean(1, keepdim=True), label_smoothing)
+        # Not `lerp`, which subtracts the two: a class may have a logit of -inf, and so the mean.
+        at_target = (1 - label_smoothing) * at_target + label_smoothing * logits.mean(1, keepdim=True)
     total = logits.exp_().sum(1, keepdim=True)
     # Rows that do not count may hold anything, such as infinity in the padding.
     loss = ((total.log() - at_target) * counts).masked_fill_(counts == 0, 0).sum()
@@ -263,20 +257,16 @@ def _total_of_logits(
     )
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the data type to which autocast converts `x`, or None if it is off or leaves `x` alone."""
-    device_type = x.device.type
-    if x.dtype is not torch.float64 and has_autocast(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
 def target_error(targets: Tensor, num_classes: int, ignore_index: int = -100) -> ValueError:
     """Return the error for targets that are not classes."""
-    counted = targets[targets != ignore_index]
+    try:
+        counted = targets[targets != ignore_index]
+        found = f", but the others range from {counted.min()} to {counted.max()}"
+    except RuntimeError:  # `torch.func.vmap` hides the values.
+        found = ""
     return ValueError(
-        f"`targets` must be from 0 to {num_classes - 1}, or {ignore_index} for rows that do not count, but the others "
-        f"range from {counted.min()} to {counted.max()}; use a layer with a class for each of them."
+        f"`targets` must be from 0 to {num_classes - 1}, or {ignore_index} for rows that do not count{found}; use a "
+        "layer with a class for each of them."
     )
 
 
@@ -299,10 +289,7 @@ def check_features(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Non
     for name, tensor in given.items():
         check_tensor(name, tensor)
         check_floating(name, tensor)
-        if tensor.dtype != x.dtype and (_autocast_dtype(x) is None or tensor.dtype is torch.float64):
-            raise TypeError(
-                f"`{name}` has dtype {tensor.dtype}, but `x` has {x.dtype}; convert one of them, or use autocast."
-            )
+    check_same_dtype(**given)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"`weight` has shape {tuple(weight.shape)}, but must have (V, D), as in `nn.Linear`.")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:

@@ -77,13 +77,14 @@ def lsh_attention(
         qk, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
 
     Raises:
-        TypeError: An argument is not of the type in the signature.
+        TypeError: An argument is not of the type in the signature, or `qk` or `v` is not floating-point.
         ValueError: A count is not positive, or the shapes do not fit.
 
     Numerics:
         A token whose vector lies between two buckets may move to the other one by rounding, and then sees other tokens.
         If the vectors are rebuilt, use `FixedPoint`, which rebuilds them exactly. The result can be differentiated
-        once. Differentiating the gradient raises `NotImplementedError`.
+        once. Differentiating the gradient raises `NotImplementedError`, except under the transforms of `torch.func` and
+        in forward mode, which use ordinary autograd and store more.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, equations 2 to 7 and appendix A.

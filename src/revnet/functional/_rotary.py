@@ -35,7 +35,8 @@ def rotary_table(
         start: First position.
         base: Base of the frequencies, `rope_theta` in LLaMA. The longest wave has about `2 pi base` positions.
         device: Device of the table.
-        dtype: float32, or float64 for functions that compute in float64.
+        dtype: Data type of the table: float32, or float64 for functions that compute in float64. A table in lower
+            precision is a rounded one in float32.
 
     Returns:
         A tensor of shape (2, T, head_dim / 2).
@@ -55,8 +56,10 @@ def rotary_table(
         raise TypeError(f"`device` (={describe(device)}) must be a `torch.device`, such as `x.device`, or None.")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"`dtype` (={describe(dtype)}) must be a floating-point dtype, such as `torch.float32`.")
-    positions = torch.arange(start, start + length, device=device, dtype=dtype)
-    return table_of(positions, head_dim, base)
+    # Lower precision cannot hold the positions: 257 is 256 in bfloat16.
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    positions = torch.arange(start, start + length, device=device, dtype=precise)
+    return table_of(positions, head_dim, base).to(dtype)
 
 
 def check_head_dim(head_dim: Any) -> None:
@@ -98,10 +101,12 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         The rotated queries or keys, with the shape and dtype of `x`.
 
     Raises:
-        TypeError: An argument is not a tensor.
-        ValueError: `table` is for another length or head size.
+        TypeError: An argument is not a tensor, or `x` is not floating-point.
+        ValueError: `head_dim` is odd, or `table` is for another length or head size.
     """
     check_per_head(x=x)
+    if torch.compiler.is_compiling() or not is_jit_tracing():  # A traced size is a tensor.
+        check_head_dim(x.shape[-1])
     check_tensor("table", table, hint="make it with `rotary_table`")
     sizes = (x.shape[-2], x.shape[-1] // 2)
     if table.shape != (2, *sizes) and table.shape != (2, x.shape[0], 1, *sizes):

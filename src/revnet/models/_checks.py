@@ -71,8 +71,13 @@ def check_stages(num_blocks: Any, widths: Any, *, multiple_of: int = 1, may_shri
 
 def check_ratio(name: str, ratio: Any, dim: int) -> None:
     """Raise an error unless `ratio` is a positive number and `ratio * dim` a valid width."""
-    if not is_number(ratio) or ratio * dim < 1:
+    if not is_number(ratio) or ratio <= 0:
         raise ValueError(f"`{name}` (={describe(ratio)}) must be a positive number; 4 is usual.")
+    if ratio * dim < 1:
+        raise ValueError(
+            f"`{name}` (={describe(ratio)}) must give at least one feature, but {describe(ratio)} * {dim} is "
+            f"{ratio * dim:.2g}; 4 is usual."
+        )
     if ratio * dim > MOST_CHANNELS:
         raise ValueError(f"`{name}` (={describe(ratio)}) must give at most {MOST_CHANNELS:,} features; 4 is usual.")
 
@@ -96,33 +101,44 @@ def check_images(x: Any) -> None:
     check_floating("x", x)
 
 
-def explain_input_errors(model: nn.Module, function: Callable[[Tensor], Any], x: Tensor, in_channels: int) -> Any:
+def explain_input_errors(
+    model: nn.Module, function: Callable[[Tensor], Any], x: Tensor, in_channels: int | None, *, name: str = "x"
+) -> Any:
     """Return `function(x)`, the work of `model`. If it fails because of the dtype or shape of `x`, say so in one line.
 
     The first layer checks both in any case, and a check up front would refuse what hooks and sharding convert. So this
     looks at `x` only after an error.
+
+    Args:
+        model: The model.
+        function: A function that computes with the weights of the model.
+        x: Its argument.
+        in_channels: Number of channels that `x` must have; None for codes, whose shape is known to fit.
+        name: Name of `x` in the messages.
     """
     if torch.compiler.is_compiling():  # a graph cannot break within `try`
         return function(x)
     try:
         return function(x)
     except (RuntimeError, ValueError) as error:
-        _raise_input_error(model, x, in_channels, error)
+        _raise_input_error(model, x, in_channels, name, error)
 
 
-def _raise_input_error(model: nn.Module, x: Tensor, in_channels: int, error: Exception) -> NoReturn:
+def _raise_input_error(model: nn.Module, x: Tensor, in_channels: int | None, name: str, error: Exception) -> NoReturn:
     """Raise an error that explains `error` by the input, or `error` itself."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), x.dtype)
     # Autocast converts both to its own dtype, except for float64.
     is_autocast = has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
-    if x.dtype != dtype and (not is_autocast or torch.float64 in (x.dtype, dtype) or x.is_complex()):
-        conversion = ".real" if x.is_complex() else _CONVERSIONS.get(dtype, f".to({dtype})")
+    if x.dtype != dtype and (not is_autocast or torch.float64 in (x.dtype, dtype)):
+        conversion = _CONVERSIONS.get(dtype, f".to({dtype})")
         raise TypeError(
-            f"`x` has dtype {x.dtype}, but the weights of the model have {dtype}; pass `x{conversion}`"
-            + ("." if x.is_complex() else f", or convert the model with `model.to({x.dtype})`.")
+            f"`{name}` has dtype {x.dtype}, but the weights of the model have {dtype}; pass `{name}{conversion}`, or "
+            f"convert the model with `model.to({x.dtype})`."
         ) from error
+    if in_channels is None:
+        raise error
     if x.shape[1] != in_channels:
         hint = "; for channels in the last dimension pass `x.movedim(-1, 1)`" if x.shape[-1] == in_channels else ""
         raise ValueError(

@@ -11,6 +11,7 @@ from revnet._checks import (
     MOST_CHANNELS,
     check_choice,
     check_count,
+    check_floating,
     check_generator,
     check_tensor,
     describe,
@@ -54,9 +55,15 @@ class AbstractImageDensity(HasGradientCheckpointing, HubMixin, abc.ABC):
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what `forward` returns, for images of the right shape."""
 
-    @abc.abstractmethod
     def inverse(self, z: Tensor) -> Tensor:
         """Compute the image of each code, (B, C, H, W)."""
+        self._check_codes(z)
+        images: Tensor = explain_input_errors(self, self._decode, z, None, name="z")
+        return images
+
+    @abc.abstractmethod
+    def _decode(self, z: Tensor) -> Tensor:
+        """Compute what `inverse` returns, for codes of the right shape."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Compute the log-density of each image in nats, (B,)."""
@@ -168,6 +175,7 @@ class AbstractImageDensity(HasGradientCheckpointing, HubMixin, abc.ABC):
                 f"`z` (of shape {tuple(z.shape)}) must be (B, {self.num_components}), a batch of codes, as `forward` "
                 "returns them."
             )
+        check_floating("z", z)
 
 
 def check_image_shape(image_shape: tuple[int, int, int]) -> None:

@@ -21,7 +21,9 @@ def check_sampling(num_new: int, temperature: float, top_k: int | None, top_p: f
     """Raise an error unless the arguments of `generate` are valid."""
     check_count("num_new", num_new, least=0, most=_MOST_NEW)
     if not is_number(temperature) or temperature < 0:
-        raise ValueError(f"`temperature` (={describe(temperature)}) must be positive, or 0 for the most likely token.")
+        raise ValueError(
+            f"`temperature` (={describe(temperature)}) must be positive and finite, or 0 for the most likely token."
+        )
     if top_k is not None:
         check_count("top_k", top_k)
     if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
@@ -40,7 +42,7 @@ def draw_tokens(
     if top_k is not None:
         values[:, top_k:] = -math.inf
     probabilities = values.softmax(-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # At 1, the rounding of the sum would drop tokens.
         # The token that reaches the sum is kept, so the most likely token is always kept.
         sum_before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(sum_before >= top_p, 0)

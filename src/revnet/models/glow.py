@@ -112,9 +112,7 @@ class Glow(AbstractImageDensity):
         codes, log_det = self.flow.forward_with_log_det(x - 0.5)
         return torch.cat([code.flatten(1) for code in codes], 1), log_det
 
-    def inverse(self, z: Tensor) -> Tensor:
-        """Compute the image of each code, (B, C, H, W)."""
-        self._check_codes(z)
+    def _decode(self, z: Tensor) -> Tensor:
         return self.flow.inverse(split_codes(z, code_shapes(self.image_shape, len(self.flow.scales)))) + 0.5
 
 

@@ -243,6 +243,10 @@ class IRevNet(AbstractImageClassifier):
                 "returns it."
             )
         check_floating("y", y)
+        images: Tensor = explain_input_errors(self, self._invert, y, None, name="y")
+        return images
+
+    def _invert(self, y: Tensor) -> Tensor:
         streams = split(y, 1)
         for stage in reversed(self.stages):
             assert isinstance(stage, Stage)
@@ -269,7 +273,9 @@ def _check_stages(num_blocks: Sequence[int], strides: Sequence[int], hidden_widt
     counts |= {} if hidden_widths is None else {"hidden_widths": (hidden_widths, MOST_CHANNELS)}
     for name, (values, most) in counts.items():
         check_counts_of(name, values, most=most, example="(1, 2, 2)")
-        if len(values) != len(num_blocks) or not values:
+        if not num_blocks:
+            raise ValueError(f"`num_blocks` (={describe(num_blocks)}) must have at least one stage, such as (1, 2, 2).")
+        if len(values) != len(num_blocks):
             raise ValueError(
                 f"`{name}` (={describe(tuple(values))}) must have one entry for each of the {len(num_blocks)} "
                 f"stages of `num_blocks` (={describe(tuple(num_blocks))})."

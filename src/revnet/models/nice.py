@@ -106,9 +106,7 @@ class NICE(AbstractImageDensity):
         y1, y2 = self.couplings((components[:, 0::2], components[:, 1::2]))
         return torch.cat((y1, y2), 1) * self.log_scale.exp(), self.log_scale.sum().expand(x.shape[0])
 
-    def inverse(self, z: Tensor) -> Tensor:
-        """Compute the image of each code, (B, C, H, W)."""
-        self._check_codes(z)
+    def _decode(self, z: Tensor) -> Tensor:
         y = z * (-self.log_scale).exp()
         x1, x2 = self.couplings.inverse((y[:, : (z.shape[1] + 1) // 2], y[:, (z.shape[1] + 1) // 2 :]))
         if x1.shape != x2.shape:  # With an odd number of components the first stream has one more.

@@ -186,9 +186,7 @@ class RealNVP(AbstractImageDensity):
         log_slope = (F.softplus(y) + F.softplus(-y) + math.log(1 - 2 * self.alpha)).flatten(1).sum(1)
         return torch.cat([code.flatten(1) for code in codes], 1), log_det + log_slope
 
-    def inverse(self, z: Tensor) -> Tensor:
-        """Compute the image of each code, (B, C, H, W)."""
-        self._check_codes(z)
+    def _decode(self, z: Tensor) -> Tensor:
         y = self.flow.inverse(split_codes(z, code_shapes(self.image_shape, len(self.flow.scales))))
         return (torch.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
 

@@ -67,11 +67,13 @@ class CrossEntropyHead(nn.Linear):
         if self.is_chunked:
             return linear_cross_entropy(x, self.weight, targets, bias=self.bias)
         check_rows(x, self.weight, targets, self.bias)
-        logits = super().forward(x).flatten(0, -2)
+        logits = super().forward(x).reshape(-1, self.out_features)
         precise = torch.promote_types(logits.dtype, torch.float32)
         try:
             return F.cross_entropy(logits.to(precise), targets.flatten().long())
-        except IndexError:  # raised on the CPU
+        except (IndexError, RuntimeError) as error:  # raised on the CPU, the second by `torch.func.vmap`
+            if "out of bounds" not in str(error):
+                raise
             raise target_error(targets, self.out_features) from None
 
     def extra_repr(self) -> str:

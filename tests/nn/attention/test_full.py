@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.functional import full_attention
-from revnet.nn.attention import FullAttention
+from revnet.functional import full_attention, hierarchical_attention
+from revnet.nn.attention import CrossAttention, FullAttention, KeyValueCache
 from tests.helpers import assert_close
 
 
@@ -39,6 +39,52 @@ def test_full_attention_equals_multihead_attention():
         other.out_proj.weight.copy_(module.project.weight)
     assert_close(module(x), other(x, x, x, need_weights=False)[0], tolerance=1e-12)
     assert repr(module).startswith("FullAttention(\n  num_heads=2, is_causal=False")
+
+
+def test_rejects_types_that_do_not_fit():
+    x = torch.ones(1, 2, 3, 4)
+    with pytest.raises(TypeError, match=r"`k` has dtype torch.float64, but `q` has torch.float32; convert one of them"):
+        full_attention(x, x.double(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert full_attention(x, x.bfloat16(), x).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"`v` has dtype torch.float64, but `q` has torch.float32"):
+            full_attention(x, x, x.double())
+    for attend in (full_attention, hierarchical_attention):
+        with pytest.raises(
+            TypeError, match=r"`q` has dtype torch.complex64, but must be floating-point; pass `q.real`"
+        ):
+            attend(1j * x, 1j * x, 1j * x)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([True], TypeError, r"`mask` \(=\[True\]\) must be a bool tensor"),
+        (torch.tensor(True), ValueError, r"`mask` has shape \(\), but must have the shape of the tokens, \(1, 3\)"),
+    ],
+)
+def test_a_mask_with_a_cache(mask, error, message):
+    attention = FullAttention(8, 2, is_causal=True)
+    with torch.no_grad(), pytest.raises(error, match=message):
+        attention(torch.ones(1, 3, 8), mask=mask, cache=KeyValueCache(9))
+
+
+@pytest.mark.parametrize("num_features", [1, 5])
+def test_a_cache_keeps_the_features_of_values(num_features):
+    cache = KeyValueCache(9)
+    cache.update(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 4), 0)
+    with pytest.raises(
+        ValueError, match=rf"`value_states` .* 2, {num_features}\), but the cache is for \(1, 1, T, 4\)"
+    ):
+        cache.update(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, num_features), 0)
+
+
+def test_a_cache_is_for_one_context():
+    attention, cache = CrossAttention(8, 2), KeyValueCache(9)
+    with torch.no_grad():
+        attention(torch.ones(1, 1, 8), torch.ones(1, 5, 8), cache=cache)
+        with pytest.raises(ValueError, match=r"`context` has shape \(1, 4, 8\), but the cache is for another one, of"):
+            attention(torch.ones(1, 1, 8), torch.ones(1, 4, 8), cache=cache)
 
 
 @pytest.mark.parametrize(

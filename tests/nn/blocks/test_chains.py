@@ -389,13 +389,49 @@ def test_missing_attribute_is_named_in_the_error(name):
         step(sequence)
 
 
-def test_wrong_block_raises_in_every_step():
-    sequence = make_sequence()
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda blocks: blocks.append(nn.Linear(8, 8)), TypeError, r"`blocks\[3\]` is now a Linear"),
+        (
+            lambda blocks: blocks.append(ReversibleBlock(nn.Tanh(), nn.Tanh(), split_dim=1)),
+            ValueError,
+            r"`blocks\[3\]` has split_dim=1, but `blocks\[0\]` has split_dim=-1",
+        ),
+        (
+            lambda blocks: setattr(blocks[1], "split_dim", 1),
+            ValueError,
+            r"`blocks\[1\]` has split_dim=1, but `blocks\[0\]` has split_dim=-1",
+        ),
+        (
+            lambda blocks: blocks.append(MultiStreamBlock(*[nn.Tanh() for _ in range(3)], split_dim=-1)),
+            ValueError,
+            r"`blocks\[3\]` has 3 streams, but `blocks\[0\]` has 2",
+        ),
+        (
+            lambda blocks: blocks[1].functions.append(nn.Tanh()),
+            ValueError,
+            r"`blocks\.1\.functions` has 3 entries, but its block has 2 streams",
+        ),
+        (
+            lambda blocks: blocks[1].functions.pop(0),
+            ValueError,
+            r"`blocks\.1\.functions` has 1 entry, but its block has 2 streams",
+        ),
+    ],
+)
+@pytest.mark.parametrize("has_hook", [False, True])
+def test_wrong_block_raises_in_every_step(change, error, message, has_hook):
+    sequence = make_sequence(BLOCKS["streams"])
+    if has_hook:  # Then every step builds the schedule again.
+        sequence.blocks[0].register_forward_hook(lambda *_: None)
     step(sequence)
-    sequence.blocks[0] = nn.Linear(8, 8)
+    change(sequence.blocks)
     for _ in range(2):
-        with pytest.raises(TypeError, match=r"`blocks\[0\]` is now a Linear"):
+        with pytest.raises(error, match=message):
             step(sequence)
+    with pytest.raises(error, match=message):
+        sequence.inverse(torch.randn(2, 8))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda sequence: pickle.loads(pickle.dumps(sequence))])

@@ -219,6 +219,8 @@ def test_a_step_has_one_schedule():
             r"`coupling` \(=FixedPoint\(.*\)\) is exact only on the points of a grid",
         ),
         (lambda: initialize_act_norms(ActNorm(2), x=torch.full((1, 2), torch.nan)), ValueError, "all of them finite"),
+        (lambda: initialize_act_norms(ActNorm(2), 1j * torch.ones(3, 2)), TypeError, "`x` has dtype torch.complex64"),
+        (lambda: initialize_act_norms(small_step(), 1j * torch.ones(3, 4)), TypeError, "`x` has dtype torch.complex64"),
         (lambda: initialize_act_norms(flow(), torch.zeros(0, 1, 4, 4)), ValueError, r"`x` .* must have values"),
         (lambda: initialize_act_norms(nn.Linear(2, 2)), ValueError, r"`model` \(=Linear\) has no `ActNorm`"),
         # Parameters of one channel would broadcast, and the log-determinant would be wrong.

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from revnet.nn import ChannelPermutation, HaarWavelet, InvertibleConv1x1, SpaceToDepth
+from revnet.nn import ActNorm, ChannelPermutation, HaarWavelet, InvertibleConv1x1, SpaceToDepth
 from tests.helpers import assert_close
 
 
@@ -28,6 +28,15 @@ def test_haar_transform_of_a_constant_image_is_its_mean():
     y = HaarWavelet()(torch.full((1, 1, 4, 4), 3.0))
     assert torch.equal(y[:, 0], torch.full((1, 2, 2), 6.0))
     assert torch.equal(y[:, 1:], torch.zeros(1, 3, 2, 2))
+
+
+def test_haar_transform_after_the_meta_device():
+    with torch.device("meta"):
+        layer = HaarWavelet()
+    layer.to_empty(device="cpu").load_state_dict(HaarWavelet().state_dict())
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(layer(x), HaarWavelet()(x))
+    assert list(HaarWavelet().buffers()) == []
 
 
 def test_permutation_has_the_requested_order():
@@ -95,6 +104,16 @@ LAYERS = {
 def test_rejects_wrong_shapes(name, method, shape, message):
     with pytest.raises(ValueError, match=message):
         getattr(LAYERS[name](), method)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("make", [HaarWavelet, lambda: ActNorm(4), lambda: InvertibleConv1x1(4)])
+def test_rejects_complex_input(make):
+    """The log-determinant would be half of the true one."""
+    x = torch.randn(1, 4, 2, 2, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"`x` has dtype torch.complex64, but must be floating-point; pass `x.real`"):
+        make().forward_with_log_det(x)
+    with pytest.raises(TypeError, match=r"`y` has dtype torch.complex64"):
+        make().inverse(x)
 
 
 @pytest.mark.parametrize(

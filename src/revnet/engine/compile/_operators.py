@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import autograd_in_operators
-from revnet.engine._tracing import CannotCompileError
 from revnet.engine.compile._backward import BackwardPass, gradient_metas
 from revnet.engine.compile._flow import reached
 from revnet.engine.compile._forward import ForwardPass, Results
@@ -43,7 +42,8 @@ def _probe(program: int, inputs: list[Tensor], *_: Any) -> Tensor:
 def _probe_fake(program: int, inputs: list[Tensor], *operands: Any) -> Tensor:
     try:
         probe(PROGRAMS[program], inputs, *operands)
-    except CannotCompileError as refusal:
+    except (NotImplementedError, TypeError) as refusal:  # `CannotCompileError`, or an error of a function.
+        # The trace may break the graph at such an error, and then report the missing findings instead.
         PROGRAMS[program].refusal = refusal  # `digest_of`, which the trace calls next, raises it.
     return inputs[0].new_empty(0)
 

@@ -119,8 +119,8 @@ class Program:
         self.has_log_det = wants_log_det and not all(step.coupling.is_additive for step in steps)
         self.targets = {step.target for step in steps}
         self.findings: Findings | None = None
-        self.refusal: CannotCompileError | None = None
-        """Reason why the program cannot run, if the probe found one."""
+        self.refusal: NotImplementedError | TypeError | None = None
+        """Reason why the program cannot run, if the probe found one, until it is raised."""
         self.cyclic: set[str] = set()
         """Names of the functions that leave reference cycles; see `check_no_graph_left`."""
         # Weak: `PROGRAMS` is global, and would keep every compiled model alive.
@@ -348,9 +348,12 @@ def digest_of(program: int) -> str:
 
     Raises:
         CannotCompileError: The probe found that the program cannot run.
+        NotImplementedError: A function raised it in the probe.
+        TypeError: A function raised it in the probe, for example because it does not take an argument.
     """
     refusal = PROGRAMS[program].refusal
     if refusal is not None:
+        PROGRAMS[program].refusal = None  # Its traceback would keep the functions alive, and they keep the program.
         raise refusal
     return PROGRAMS[program].digest()
 

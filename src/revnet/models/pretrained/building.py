@@ -101,20 +101,7 @@ def build_network(
         CheckpointError: The network cannot be built, or the tensors do not fit it.
     """
     path, tensors = pretrained.path, pretrained.tensors
-    signature = inspect.signature(network_type.__init__).parameters
-    unknown = [name for name in arguments if name not in signature]
-    if unknown:
-        raise TypeError(f"{network_type.__name__} has no argument `{unknown[0]}`; leave it out.")
-    saved = {key: value for key, value in pretrained.config.items() if key in signature and key not in _KINDS_OF}
-
-    def make() -> _Network:
-        checked = {key: _checked(key, value) for key, value in saved.items()}
-        network = network_type(**{**checked, **arguments})
-        given = {_KINDS_OF[name] for name in _KINDS_OF if arguments.get(name) is not None}
-        apply_structure(network, {key: value for key, value in pretrained.config.items() if key not in given})
-        cast("Any", network)._apply_changes(pretrained.config)
-        return network
-
+    make = _constructor(network_type, pretrained.config, arguments)
     outline = _explained(lambda: build_outline(make, tensors), pretrained)
     # Before memory is allocated: a file from a stranger may describe a model of any size.
     expected = outline.state_dict()
@@ -131,6 +118,47 @@ def build_network(
     _take_dtypes(network, tensors)  # First, so that no value is rounded on its way.
     network.load_state_dict(tensors, strict=strict)
     return network.eval()
+
+
+def check_rebuildable(network_type: type[nn.Module], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless the network that `config` describes has these tensors, so that it can be loaded again.
+
+    Args:
+        network_type: Class of the network.
+        config: Its description, as `describe_network` returns it.
+        tensors: Its tensors.
+
+    Raises:
+        ValueError: The network was changed in a way that the description does not have.
+    """
+    expected = build_outline(_constructor(network_type, config, {}), tensors).state_dict()
+    difference = first_difference(tensors, _in_types_of(tensors, expected), lacks="a new one lacks")
+    if difference is not None:
+        raise ValueError(
+            f"this {network_type.__name__} was changed in a way that a file cannot describe: {difference}; undo the "
+            "change, for instance with `torch.nn.utils.parametrize.remove_parametrizations`, or save the state dict."
+        )
+
+
+def _constructor(
+    network_type: type[_Network], config: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Callable[[], _Network]:
+    """Return a function that builds the network which `config` describes, with `arguments` instead of saved ones."""
+    signature = inspect.signature(network_type.__init__).parameters
+    unknown = [name for name in arguments if name not in signature]
+    if unknown:
+        raise TypeError(f"{network_type.__name__} has no argument `{unknown[0]}`; leave it out.")
+    saved = {key: value for key, value in config.items() if key in signature and key not in _KINDS_OF}
+
+    def make() -> _Network:
+        checked = {key: _checked(key, value) for key, value in saved.items()}
+        network = network_type(**{**checked, **arguments})
+        given = {_KINDS_OF[name] for name in _KINDS_OF if arguments.get(name) is not None}
+        apply_structure(network, {key: value for key, value in config.items() if key not in given})
+        cast("Any", network)._apply_changes(config)
+        return network
+
+    return make
 
 
 def _in_types_of(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from revnet._atomic_file import write_text
 from revnet._checks import check_bool, describe
 from revnet._paths import expand_user
-from revnet.models.pretrained.building import build_network, class_of, describe_network
+from revnet.models.pretrained.building import build_network, check_rebuildable, class_of, describe_network
 from revnet.models.pretrained.card import CARD, describe_class, format_card, how_to_load
 from revnet.models.pretrained.hub_files import (
     CONFIG,
@@ -163,16 +163,17 @@ class HubMixin:
         Raises:
             CheckpointError: A parameter has no values here, such as one on the meta device.
             MissingDependencyError: safetensors is not installed.
-            ValueError: An argument of the constructor, or a coupling, cannot be written as JSON, or `save_directory` is
-                a file.
+            ValueError: An argument of the constructor, or a coupling, cannot be written as JSON, the network has other
+                tensors than its constructor makes, as with a parametrization, or `save_directory` is a file.
         """
         check_bool(push_to_hub=push_to_hub)
         entries = config_of(cast("Any", self), config)
         folder = expand_user(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"`save_directory` (={describe(save_directory)}) must be a folder, but is a file.")
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {unwrapped(name): tensor for name, tensor in cast("Any", self).state_dict().items()}
+        check_rebuildable(_class_of(self), entries, tensors)
+        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         if self._pretrained_tensors:
             write_tensors(folder / PREPROCESS, self._pretrained_tensors, {"format": "pt"})
@@ -263,7 +264,7 @@ def describe_model(network: HubMixin) -> dict[str, Any]:
     Raises:
         ValueError: An argument of its constructor, or a coupling, cannot be written as JSON.
     """
-    network_type = next(cls for cls in type(network).__mro__ if not cls.__name__.startswith(_WRAPPERS))
+    network_type = _class_of(network)
     args, kwargs = getattr(network, "_arguments", ((), {}))
     signature = inspect.signature(cast("Any", network_type).__init__)
     given = signature.bind(network, *args, **kwargs)
@@ -275,6 +276,11 @@ def describe_model(network: HubMixin) -> dict[str, Any]:
         else:
             arguments[name] = value
     return describe_network(cast("nn.Module", network), network_type.__name__, arguments) | network._changes()
+
+
+def _class_of(network: HubMixin) -> type[nn.Module]:
+    """Return the class of a network, without the ones by which PyTorch wraps it."""
+    return next(cls for cls in type(network).__mro__ if not cls.__name__.startswith(_WRAPPERS))
 
 
 def remember(network: HubMixin, pretrained: Pretrained) -> None:

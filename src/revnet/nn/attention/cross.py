@@ -76,6 +76,11 @@ class CrossAttention(nn.Module):
         (q,) = split_heads(self.q(x), 1, self.num_heads)
         if isinstance(cache, KeyValueCache):
             k, v = cache.of_context(self.layer_index, lambda: self._keys_and_values(context))
+            if (k.shape[0], k.shape[2]) != context.shape[:2]:
+                raise ValueError(
+                    f"`context` has shape {tuple(context.shape)}, but the cache is for another one, of ({k.shape[0]}, "
+                    f"{k.shape[2]}, {self.context_dim}); make a cache for each context."
+                )
         else:
             k, v = self._keys_and_values(context)
         seen = None if mask is None else mask[:, None, None, :]

@@ -88,7 +88,7 @@ class FullAttention(nn.Module):
             )
         # The first attention of a model has added the new tokens already when the next one is called.
         num_new = x.shape[1] if isinstance(x, Tensor) and x.dim() == 3 else 0
-        num_cached = 0 if mask is None else mask.shape[-1] - num_new
+        num_cached = mask.shape[1] - num_new if isinstance(mask, Tensor) and mask.dim() == 2 else 0
         check_sequence(x, self.dim, self.num_heads, mask, rotary, num_cached=num_cached)
 
     def extra_repr(self) -> str:

@@ -78,7 +78,7 @@ class KeyValueCache(AbstractKeyValueCache):
 
         Raises:
             TypeError: The keys or values are not tensors.
-            ValueError: The tokens do not fit, or they are of another batch.
+            ValueError: The tokens do not fit, or they are of another batch or another number of features.
         """
         check_per_head(key_states=key_states, value_states=value_states)
         check_count("layer_idx", layer_idx, least=0)
@@ -97,11 +97,8 @@ class KeyValueCache(AbstractKeyValueCache):
         if layer_idx not in self._keys_and_values:
             self._keys_and_values[layer_idx] = self._allocate(key_states), self._allocate(value_states)
         keys, values = self._keys_and_values[layer_idx]
-        if keys.shape[:2] != key_states.shape[:2] or keys.shape[-1] != key_states.shape[-1]:
-            raise ValueError(
-                f"`key_states` has shape {tuple(key_states.shape)}, but the cache is for ({keys.shape[0]}, "
-                f"{keys.shape[1]}, T, {keys.shape[3]}); make a cache for each batch and model."
-            )
+        _check_fits("key_states", key_states, keys)
+        _check_fits("value_states", value_states, values)
         keys[:, :, start:stop] = key_states
         values[:, :, start:stop] = value_states
         self._num_tokens[layer_idx] = stop
@@ -125,6 +122,16 @@ class KeyValueCache(AbstractKeyValueCache):
     def _allocate(self, like: Tensor) -> Tensor:
         B, H, _, D = like.shape
         return torch.empty(B, H, self.length, D, dtype=like.dtype, device=like.device)
+
+
+def _check_fits(name: str, states: Tensor, kept: Tensor) -> None:
+    """Raise if assigning `states` to a part of `kept` would broadcast them."""
+    B, H, _, D = kept.shape
+    if (*states.shape[:2], states.shape[3]) != (B, H, D):
+        raise ValueError(
+            f"`{name}` has shape {tuple(states.shape)}, but the cache is for ({B}, {H}, T, {D}); make a cache for each "
+            "batch and model."
+        )
 
 
 def check_cache(cache: Any) -> None:

@@ -14,7 +14,7 @@ from revnet.engine._split import prepare
 from revnet.engine._streams import begin
 from revnet.engine._tolerance import ToleranceKeeper
 from revnet.nn.blocks._blocks_in_runs import RunsBlocks
-from revnet.nn.blocks._run import run_inverse, run_recorded, sum_log_dets
+from revnet.nn.blocks._run import check_names, run_inverse, run_recorded, sum_log_dets
 from revnet.nn.blocks._schedule import Schedule
 from revnet.nn.blocks._split_dim import unclear_split_dim
 
@@ -123,6 +123,7 @@ class AbstractReversible(nn.Module, RunsBlocks):
             raise TypeError(f"`args` (={describe(args)}) must be a tuple of positional arguments, such as (context,).")
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise TypeError(f"`kwargs` (={describe(kwargs)}) must be a dict of keyword arguments, or None.")
+        check_names("kwargs", kwargs or {})
         if input_dtype is not None and not isinstance(input_dtype, torch.dtype):
             raise TypeError(
                 f"`input_dtype` (={describe(input_dtype)}) must be a dtype, such as torch.float32, or None."

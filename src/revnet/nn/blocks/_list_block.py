@@ -4,6 +4,7 @@ import abc
 
 from torch import nn
 
+from revnet._units import counted
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
 from revnet.nn.blocks._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, reads
@@ -43,6 +44,11 @@ class AbstractListBlock(AbstractReversibleBlock):
     @reads("coupling", list_name="functions")
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
+        if len(self.functions) != self.num_streams:
+            raise ValueError(
+                f"`{prefix}functions` has {counted(len(self.functions), 'entry', 'entries')}, but its block has "
+                f"{counted(self.num_streams, 'stream')}, one for each function; build a new block from the functions."
+            )
         return [
             HalfBlock(
                 function,

@@ -47,7 +47,8 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
     Raises:
         TypeError: A block is not reversible, or an entry of `policy` is not a policy.
         ValueError: The blocks differ in `split_dim` or in their number of streams, the number of policies is not the
-            number of blocks, or `tolerance` is not between 0 and 1.
+            number of blocks, or `tolerance` is not between 0 and 1. Blocks that were changed or replaced later raise
+            in the next pass.
         NotImplementedError: A sequence with a `tolerance` is compiled as a whole.
 
     Numerics:
@@ -96,16 +97,7 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
                     f"`blocks[{index}]` (={type(block).__name__}) must be a reversible block, such as ReversibleBlock; "
                     "wrap two residual functions in one, or run other modules before or after the sequence."
                 )
-            if block.split_dim != blocks[0].split_dim:
-                raise ValueError(
-                    f"`blocks[{index}]` has split_dim={block.split_dim}, but `blocks[0]` has split_dim="
-                    f"{blocks[0].split_dim}; give all blocks of a sequence the same `split_dim`."
-                )
-            if block.num_streams != blocks[0].num_streams:
-                raise ValueError(
-                    f"`blocks[{index}]` has {counted(block.num_streams, 'stream')}, but `blocks[0]` has "
-                    f"{blocks[0].num_streams}; put blocks with different numbers of streams into separate sequences."
-                )
+        _check_alike(blocks)
         self.blocks = nn.ModuleList(blocks)
         self._chains = Chains()
         self.set_policies(policy)
@@ -224,7 +216,7 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
 
 
 def _checked(blocks: nn.ModuleList) -> list[AbstractReversibleBlock]:
-    """Return the blocks, or raise if one of them was replaced by a module of another kind."""
+    """Return the blocks, or raise if they were changed so that they cannot run as one sequence."""
     checked = [block for block in blocks if isinstance(block, AbstractReversibleBlock)]
     if len(checked) != len(blocks):
         for index, block in enumerate(blocks):
@@ -234,4 +226,20 @@ def _checked(blocks: nn.ModuleList) -> list[AbstractReversibleBlock]:
                     "cannot run; wrap the block's functions `f` and `g` instead. `block.compile()` compiles "
                     "them, and `torch.distributed.fsdp.fully_shard(block)` shards a block in place."
                 )
+    _check_alike(checked)
     return checked
+
+
+def _check_alike(blocks: Sequence[AbstractReversibleBlock]) -> None:
+    """Raise if the blocks differ in the way in which they split their input."""
+    for index, block in enumerate(blocks):
+        if block.split_dim != blocks[0].split_dim:
+            raise ValueError(
+                f"`blocks[{index}]` has split_dim={block.split_dim}, but `blocks[0]` has split_dim="
+                f"{blocks[0].split_dim}; give all blocks of a sequence the same `split_dim`."
+            )
+        if block.num_streams != blocks[0].num_streams:
+            raise ValueError(
+                f"`blocks[{index}]` has {counted(block.num_streams, 'stream')}, but `blocks[0]` has "
+                f"{blocks[0].num_streams}; put blocks with different numbers of streams into separate sequences."
+            )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revnet._checks import describe
 from revnet._types import Streams
 from revnet.engine import BoundChain, Chain, Recording, inverse, record
 from revnet.engine._streams import begin
@@ -32,6 +33,7 @@ def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, d
                 f"`{role}_kwargs` (={type(given).__name__}) must be a dict of keyword arguments for only `{role}`, "
                 f"such as {role}_kwargs={{'mask': mask}}."
             )
+        check_names(role + _SUFFIX, given)
         names = [half_block.role for _, chain in segments for half_block in chain.half_blocks]
         if role not in names:
             raise TypeError(
@@ -45,6 +47,16 @@ def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, d
             )
         own[role] = dict(given)
     return own
+
+
+def check_names(name: str, kwargs: Mapping[Any, Any]) -> None:
+    """Raise unless all keys of `kwargs` are strings. `name` is the argument that holds them."""
+    for key in kwargs:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"`{name}` has the key {describe(key)}, but keyword arguments have names; pass strings, such as "
+                "{'mask': mask}."
+            )
 
 
 def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | Streams) -> Tensor:

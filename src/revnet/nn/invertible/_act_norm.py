@@ -71,7 +71,6 @@ class ActNorm(AbstractInvertible):
     def initialize(self, x: Tensor) -> None:
         """Set the parameters so that each channel of `x` gets mean 0 and deviation 1, unless they are already set."""
         check_channels(x, self.num_channels, "x")
-        check_floating("x", x)
         if self.is_initialized:
             return
         log_scale, bias = normalizing_values(x)
@@ -95,8 +94,10 @@ def normalizing_values(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale, as its logarithm, and the bias that give each channel of `x` mean 0 and deviation 1, (C,).
 
     Raises:
+        TypeError: `x` is not floating-point.
         ValueError: `x` is empty, or contains NaN or inf.
     """
+    check_floating("x", x)
     if not x.numel() or not x.isfinite().all():
         raise ValueError(
             f"`x` (of shape {tuple(x.shape)}) must have values, all of them finite, to normalize the channels; pass a "

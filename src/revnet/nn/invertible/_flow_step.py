@@ -171,6 +171,7 @@ class FlowStep(AbstractReversibleBlock):
         `initialize_act_norms` does so for a whole model.
 
         Raises:
+            TypeError: The input is not floating-point.
             ValueError: The input has another number of channels than the step.
         """
         if self.is_initialized:

@@ -42,18 +42,6 @@ class HaarWavelet(AbstractInvertible):
         tensor([1., 1., 1., 1.])
     """
 
-    matrix: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        signs = [
-            [1, 1, 1, 1],
-            [1, -1, 1, -1],
-            [1, 1, -1, -1],
-            [1, -1, -1, 1],
-        ]  # half of it is its own inverse
-        self.register_buffer("matrix", torch.tensor(signs) / 2, persistent=False)
-
     def forward(self, x: Tensor) -> Tensor:
         """Compute the four bands."""
         check_halvable(x, 2)
@@ -76,4 +64,14 @@ class HaarWavelet(AbstractInvertible):
 
     def _mix(self, squares: Tensor) -> Tensor:
         with without_autocast(squares):  # Rounding to low precision could not be undone.
-            return self.matrix.to(squares.dtype) @ squares
+            return _matrix(squares) @ squares
+
+
+def _matrix(like: Tensor) -> Tensor:
+    """Return the matrix that turns four pixels into four bands, and back.
+
+    It is not a buffer: a model that is built on the meta device would not get it back from its state dict.
+    """
+    index = torch.arange(2, dtype=like.dtype, device=like.device)
+    pair = 1 - 2 * torch.outer(index, index)  # [[1, 1], [1, -1]], the sum and the difference
+    return torch.kron(pair, pair) / 2

@@ -25,7 +25,7 @@ def initialize_act_norms(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         kwargs: Keyword arguments of its forward pass.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or what a layer receives is not floating-point.
         ValueError: `model` has no such layer, or what a layer receives is empty or contains NaN or inf.
 
     References:
