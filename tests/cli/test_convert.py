@@ -76,6 +76,40 @@ class Residual(nn.Linear):
         return x + torch.tanh(super().forward(x))
 
 
+class Padded(nn.Module):
+    """A network whose outputs are 0 for tokens that are 0."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.large, self.small = nn.Embedding(16, 8, padding_idx=0), nn.Embedding(3, 8, padding_idx=0)
+        self.body = nn.Sequential(*[Residual() for _ in range(3)])
+        for block in self.body:
+            nn.init.zeros_(block.bias)
+
+    def forward(self, tokens):
+        return self.body(self.large(tokens) + self.small(tokens))
+
+
+def test_outputs_are_compared_for_random_tokens(revnet):
+    options = ["--blocks", "body", "--input-dtype", "int64", "--batch", 2, "--input-shape", "[6]"]
+    _, output, _ = revnet("convert", f"{__name__}:Padded", *options, "--precision", "bf16-mixed")
+    (line,) = [line for line in output.splitlines() if line.startswith("outputs")]
+    assert 0.01 < float(line.split()[6].rstrip(",")) < 1
+    assert line.endswith("relative to the largest one (bf16-mixed)")
+
+    from revnet.cli._try_conversion import _movement, _outputs
+
+    model, tokens = Padded(), torch.arange(3)[None]
+    (exact,), (mixed,), (zeros,) = (
+        _outputs(model, (tokens * factor,), dtype) for factor, dtype in ((1, None), (1, torch.bfloat16), (0, None))
+    )
+    assert not torch.equal(exact, mixed)
+    assert _movement([exact, zeros], [exact, zeros]) == "move by 0.0e+00, relative to the largest one"
+    assert _movement([exact], [zeros]) == "move by inf, relative to the largest one"
+    assert _movement([zeros], [zeros]) == "are all 0 for these inputs, so how far they move is unknown"
+
+
 def test_a_model_that_cannot_be_trained_on_the_grid(revnet):
     code, _, errors = revnet("convert", f"{__name__}:Huge", "--blocks", "body", "--image", 8, "--batch", 2)
     assert code == 2

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,7 +46,28 @@ def test_computes_the_equation_in_float64(method, stop, x):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("method", [Dr2Net(), Consistent(0), Dr2Net(1, 1e-3, 14)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "rounded"),
+    [
+        (Consistent(0.0058), Consistent(1 / 256)),
+        (Consistent(-0.01), Consistent(-3 / 256)),
+        (Dr2Net(0.9, 0.1), Dr2Net(1 - 26 / 256, 26 / 256)),
+        (Dr2Net(1, -0.1), Dr2Net(1 - 0.1 + 26 / 256, -26 / 256)),
+        (Dr2Net(0.5, 0.001), Dr2Net(0.501, 0)),
+    ],
+    ids=str,
+)
+def test_all_factors_follow_from_the_rounded_one(method, rounded, x):
+    """So that they have the sum that keeps streams from growing with depth."""
+    host, _ = twins(replace(method, fraction_bits=30, is_wide=True), num_blocks=24)
+    original = copy.deepcopy(host).double()
+    revnet.convert(original, back=True)
+    torch.testing.assert_close(host.double()(x.double()), reference(original, rounded, x.double()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", [Dr2Net(), Consistent(0), Consistent(-1e-3), Dr2Net(1, 1e-3, 14), Dr2Net(0.999, 1e-3, 14)], ids=str
+)
 @pytest.mark.parametrize("branches", [None, BRANCHES])
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_starts_as_the_original_bit_for_bit(method, branches, is_mixed, x):

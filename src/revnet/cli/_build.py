@@ -89,12 +89,22 @@ def empty_inputs(flags: StepFlags) -> tuple[tuple[tuple[int, ...], ...], tuple[T
     return shapes, inputs
 
 
-def fill_inputs(inputs: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Return inputs with data on a device: random numbers, or zeros if they are integers."""
+def fill_inputs(
+    inputs: tuple[Tensor, ...], device: torch.device, *, num_rows: int = 1, generator: torch.Generator | None = None
+) -> tuple[Tensor, ...]:
+    """Return inputs with random data on a device.
+
+    Args:
+        inputs: Tensors without data.
+        device: The device.
+        num_rows: Number that integers are below; by default they are 0, a valid index for any embedding.
+        generator: Generator of the random numbers; None for the global one.
+    """
+    options: dict[str, Any] = {"device": device, "generator": generator}
     return tuple(
-        torch.randn(like.shape, dtype=like.dtype, device=device)
+        torch.randn(like.shape, dtype=like.dtype, **options)
         if like.is_floating_point()
-        else torch.zeros(like.shape, dtype=like.dtype, device=device)  # valid indices for any embedding
+        else torch.randint(num_rows, like.shape, dtype=like.dtype, **options)
         for like in inputs
     )
 

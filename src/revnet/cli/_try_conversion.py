@@ -43,11 +43,14 @@ def try_conversion(
     model, build = load_model(flags.model, pretrained=pretrained)
     if blocks is None:
         raise UsageError(f"`--blocks` must name the lists of blocks of {flags.model}, which has {_lists_of(model)}.")
-    inputs = fill_inputs(empty_inputs(flags)[1], torch.device("cpu"))
+    # Seeded, so that the figure for trained weights is the same in each run.
+    generator = torch.Generator().manual_seed(0)
+    shapes = empty_inputs(flags)[1]
+    inputs = fill_inputs(shapes, torch.device("cpu"), num_rows=_num_rows(model), generator=generator)
     autocast = torch.bfloat16 if flags.precision == "bf16-mixed" else None
     chosen = _method(method, size, fraction_bits or None)
     before = predict(model, *inputs, autocast=autocast).activation_bytes
-    expected = _outputs(model, inputs)
+    expected = _outputs(model, inputs, autocast)
     report = revnet.convert(model, chosen, blocks=blocks)
     yield f"{report}\n"
     after = predict(model, *inputs, autocast=autocast).activation_bytes
@@ -58,11 +61,8 @@ def try_conversion(
     yield f"  original      {format_bytes(before)}"
     yield f"  converted     {format_bytes(after)}"
     yield f"  checkpointed  {format_bytes(checkpointed)} (the converted blocks, under `Checkpoint()`)\n"
-    error = max(
-        float((one - other).abs().max() / other.abs().max().clamp_min(1e-12))
-        for one, other in zip(_outputs(model, inputs), expected, strict=True)
-    )
-    yield f"outputs in evaluation mode move by {error:.1e}, relative to the largest one\n"
+    movement = _movement(_outputs(model, inputs, autocast), expected)
+    yield f"outputs in evaluation mode {movement} ({flags.precision})\n"
     if fraction_bits:
         # The range of the streams is checked only in a pass that will be undone.
         with torch.autocast("cpu", enabled=autocast is not None):
@@ -125,11 +125,30 @@ def _lists_of(model: nn.Module) -> str:
     return ", ".join(lists[:8]) + (", ..." if len(lists) > 8 else "") if lists else "none"
 
 
+def _num_rows(model: nn.Module) -> int:
+    """Return the number of rows of the smallest embedding, so that any of them can be read; 1 if there is none."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    return min([table.num_embeddings for table in tables], default=1)
+
+
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    with evaluating(model):
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], autocast: torch.dtype | None) -> list[Tensor]:
+    with evaluating(model), torch.autocast("cpu", autocast, enabled=autocast is not None):
         leaves = leaves_of_output(model(*inputs))
     return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _movement(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    """Return how far outputs move from the expected ones, as text."""
+    shares = []
+    for one, other in zip(outputs, expected, strict=True):
+        moved = (one - other).abs()
+        if moved.any() or other.any():
+            shares.append(moved.max() / other.abs().max())
+    if not shares:
+        return "are all 0 for these inputs, so how far they move is unknown"
+    # The `max` of Python would pass over NaN.
+    return f"move by {float(torch.stack(shares).max()):.1e}, relative to the largest one"
 
 
 def _method(name: str, size: float, fraction_bits: int | None) -> AbstractMethod:

@@ -26,7 +26,7 @@ def convert(
     """Try the conversion of a model to a reversible one.
 
     Prints the blocks that `revnet.convert` converts, the activations of a training step before and after, how far the
-    outputs move in evaluation mode, and the lines of Python that do the same.
+    outputs move in evaluation mode for random inputs, and the lines of Python that do the same.
 
     Examples:
         revnet convert timm:vit_tiny_patch16_224 --blocks blocks --pretrained

@@ -2,10 +2,17 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+Wrapping = tuple[type | None, tuple[Any, ...]]
+"""The class of a tuple or list that a block returns around its tensor, if any, and what follows it: only None."""
+_WRAPPED = ("base_layer", "module")
+"""Names of the module inside a wrapper that takes any argument, as in PEFT and in `DistributedDataParallel`."""
 
 
 class WholeBlock(nn.Module):
@@ -22,10 +29,8 @@ class WholeBlock(nn.Module):
         self.block = block
         self.name = name
         self._kind = kind
-        self.kind_of_output: type | None = None
-        """The class of a tuple or list that the block returns around its tensor."""
-        self.rest: tuple[Any, ...] = ()
-        """What follows the tensor in that tuple; only None."""
+        self.wrapping: Wrapping = (None, ())
+        """What the block returns around its tensor."""
 
     def _get_name(self) -> str:
         """Return the name of the block for error messages."""
@@ -49,7 +54,7 @@ class WholeBlock(nn.Module):
 
     def _only_tensor(self, output: Any) -> Tensor:
         if isinstance(output, Tensor):
-            self.kind_of_output, self.rest = None, ()
+            self.wrapping = (None, ())
             return output
         is_plain = type(output) in (tuple, list) and output and isinstance(output[0], Tensor)
         if not is_plain or any(value is not None for value in output[1:]):
@@ -59,13 +64,14 @@ class WholeBlock(nn.Module):
                 "be lost when its stream is rebuilt; turn off what the block returns in addition (such as caches or "
                 "attention weights), or convert other blocks."
             )
-        self.kind_of_output, self.rest = type(output), tuple(output[1:])
+        self.wrapping = (type(output), tuple(output[1:]))
         first: Tensor = output[0]
         return first
 
     def wrap(self, y: Tensor) -> Any:
         """Return `y` as the block returns it: alone, or in a tuple."""
-        return y if self.kind_of_output is None else self.kind_of_output((y, *self.rest))
+        kind, rest = self.wrapping
+        return y if kind is None else kind((y, *rest))
 
 
 class Branch(nn.Module):
@@ -85,7 +91,8 @@ class Branch(nn.Module):
         super().__init__()
         self.name = name
         self._kind = kind
-        self._path = tuple(path)
+        self.path = tuple(path)
+        """Names of the modules."""
         self.steps = nn.ModuleList([self._step_of(block, step) for step in path])
 
     def _step_of(self, block: nn.Module, step: str) -> nn.Module:
@@ -104,7 +111,7 @@ class Branch(nn.Module):
 
     def is_current(self, block: nn.Module) -> bool:
         """Return whether the modules are still the ones that `block` has by these names."""
-        for step, known in zip(self._path, self.steps, strict=True):
+        for step, known in zip(self.path, self.steps, strict=True):
             module: nn.Module | None = block
             for name in step.split("."):
                 module = None if module is None else module._modules.get(name)
@@ -118,20 +125,24 @@ class Branch(nn.Module):
         Raises:
             ValueError: The block has no module of a name.
         """
-        return Branch(block, self._kind, self.name, self._path)
+        return Branch(block, self._kind, self.name, self.path)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the modules. Each gets the arguments of the block whose names it knows."""
         given = _named(self._kind, x, args, kwargs) if args or kwargs else {}
         for step in self.steps:
-            output = step(x, **_known(type(step), given)) if given else step(x)
+            output = step(x, **_known(step, given)) if given else step(x)
             x = output[0] if isinstance(output, tuple | list) else output
         return x
+
+    def takes(self, name: str) -> bool:
+        """Return whether a module of the branch gets the argument of the block with this name."""
+        return any(_known(step, {name: None}) for step in self.steps)
 
 
 def _named(kind: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a block by name, without the stream."""
-    bound = _signature(kind).bind(None, x, *args, **kwargs)
+    bound = signature_of(kind).bind(None, x, *args, **kwargs)
     named: dict[str, Any] = {}
     for number, (name, value) in enumerate(bound.arguments.items()):
         way = bound.signature.parameters[name].kind
@@ -142,17 +153,47 @@ def _named(kind: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return named
 
 
-def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    parameters = _signature(kind).parameters
+def untaken_arguments(kind: Any, branches: Sequence[Branch]) -> dict[str, int]:
+    """Return the arguments of a block that no module of its branches takes: the index of each, without the stream."""
+    parameters = list(signature_of(kind).parameters.values())[2:]
+    return {
+        parameter.name: sys.maxsize if parameter.kind is parameter.KEYWORD_ONLY else index
+        for index, parameter in enumerate(parameters)
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and not any(branch.takes(parameter.name) for branch in branches)
+    }
+
+
+def _known(step: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments whose names a module knows."""
+    names = _names(step)
+    return given if names is None else {name: value for name, value in given.items() if name in names}
+
+
+def _names(step: nn.Module) -> frozenset[str] | None:
+    """Return the names of the arguments that a module takes in addition to its input; None if it takes any."""
+    if isinstance(step, torch.jit.ScriptModule):
+        schema: Any = step.forward.schema  # type: ignore[attr-defined]
+        return frozenset([argument.name for argument in schema.arguments[2:]])
+    if (compiled := step._modules.get("_orig_mod")) is not None:  # Its class has no signature.
+        return _names(compiled)
+    names = _names_of(type(step))
+    inner = [step._modules.get(name) for name in _WRAPPED] if names is None else []
+    return next((_names(module) for module in inner if module is not None), names)
+
+
+def _names_of_class(kind: type[nn.Module]) -> frozenset[str] | None:
+    parameters = signature_of(kind).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return given
-    names = list(parameters)[2:]
-    return {name: value for name, value in given.items() if name in names}
+        return None
+    return frozenset(list(parameters)[2:])
 
 
-def _signature_of(kind: type[nn.Module]) -> inspect.Signature:
+def _signature_of_class(kind: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
 # Type checkers do not accept a class of modules as a key.
-_signature: Callable[[Any], inspect.Signature] = functools.lru_cache(maxsize=256)(_signature_of)
+_cached = functools.lru_cache(maxsize=256)
+_names_of: Callable[[Any], frozenset[str] | None] = _cached(_names_of_class)
+signature_of: Callable[[Any], inspect.Signature] = _cached(_signature_of_class)

@@ -1,24 +1,31 @@
 """The residual branches of a block, by the names of their modules."""
 
-import copy
-from collections import OrderedDict
+import math
 from collections.abc import Sequence
 from functools import partial
+from inspect import Parameter
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from revnet._checks import describe
-from revnet.conversion._bodies import Branch, WholeBlock
+from revnet._checks import describe, describe_kind
+from revnet._torch_internals import outside_of_traces, without_parametrization_cache
+from revnet.conversion._bodies import Branch, signature_of
 from revnet.conversion._row import Place
+from revnet.conversion._trial import Substitutes, on_trial, trial_lock
 from revnet.engine._open_run import Given
 from revnet.engine._tensors import has_values
 from revnet.nn._exchanged_class import is_cache
+from revnet.nn._restore import restoring_host_random_states
 
 Branches: TypeAlias = Sequence[Sequence[str] | str]
 _SLACK = 1e-2
 """Largest difference of the branches from the block, relative to what the block adds to its input."""
+_PLAIN = (bool, int, float, str)
+"""Types of arguments that can be compared with a default."""
 
 
 def check_kind_of_branches(branches: Any) -> None:
@@ -51,67 +58,96 @@ def make_branches(block: nn.Module, name: str, branches: Branches) -> tuple[Bran
 
 
 def check_branches(place: Place, x: Tensor, arguments: Given) -> None:
-    """Raise if the branches do not compute what the block computes, on its first input.
+    """Raise if the branches do not compute what the block computes, on its first input of each kind.
+
+    Kinds differ in which modules are in training mode and in which arguments are given: dropout that the branches leave
+    out has no effect in evaluation mode, and a mask none if it is None.
+
+    Raises:
+        ValueError: They differ, or an argument reaches no branch.
+    """
+    args, kwargs = arguments
+    _check_untaken(place, args, kwargs)
+    modes = [module.training for module in place.outside]
+    kind = (*modes, *map(_sort_of, args), *[(name, _sort_of(value)) for name, value in kwargs.items()])
+    if kind not in place.checked and has_values(x):
+        with trial_lock:
+            # Another thread may have run the same trial, and now runs the block.
+            if kind not in place.checked and _compare(place, x, arguments):
+                place.checked[kind] = place.whole.wrapping
+    if (wrapping := place.checked.get(kind)) is not None and wrapping != place.whole.wrapping:
+        place.whole.wrapping = wrapping
+
+
+def _sort_of(value: Any) -> Any:
+    """Return a switch as it is, and one symbol for all other values."""
+    return value if value is None or isinstance(value, bool) else ...
+
+
+def _check_untaken(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise if an argument may have an effect in the block, and has none in the branches."""
+    for name, position in place.untaken.items():
+        default = signature_of(type(place.block)).parameters[name].default
+        value = args[position] if position < len(args) else kwargs.get(name, default)
+        if _is_default(value, default):
+            continue
+        raise ValueError(
+            f"`branches` leave out the argument `{name}` (={describe_kind(value)}) of `{place.name}` "
+            f"(={type(place.block).__name__}), which none of their modules takes by this name; leave `branches` out, "
+            "or rename the argument in the block or in its module."
+        )
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    if value is None or value is False:
+        return default is Parameter.empty or not default
+    return isinstance(value, _PLAIN) and type(value) is type(default) and bool(value == default)
+
+
+def _compare(place: Place, x: Tensor, arguments: Given) -> bool:
+    """Compare the branches with the block, and return whether this input can tell them apart from others.
 
     Raises:
         ValueError: They differ.
     """
-    if not has_values(x):
-        return
-    args, kwargs = arguments
     assert place.branches is not None
+    modules = [*place.block.modules(), *chain.from_iterable(branch.modules() for branch in place.branches)]
     devices = [x.device] if x.device.type != "cpu" else []
-    # Copies, so that neither statistics nor random states change; in float32, where small residuals are visible.
-    whole, functions = _copied(place)
-    modules = [whole, *functions]
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()
-        args, kwargs = torch.utils._pytree.tree_map(_widened, (args, kwargs))
-        modules = [module.float() for module in modules]
-    x = x.detach()
+    # In float32, where small residuals are visible; outside of modes that count operations and memory.
+    is_wide = x.dtype in (torch.bfloat16, torch.float16)
     outcomes = []
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        for run in (partial(modules[0], x), partial(_composed, modules[1:], x)):
-            with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-                own_args, own_kwargs = torch.utils._pytree.tree_map(_own_cache, (args, kwargs), is_leaf=is_cache)
-                outcomes.append(run(*own_args, **own_kwargs))
-    whole_y, composed = outcomes
-    error, size = float((whole_y - composed).norm()), float((whole_y - x).norm())
+    no_cast = torch.autocast(x.device.type, enabled=False)
+    with torch.no_grad(), no_cast, outside_of_traces(), without_parametrization_cache():
+        for run in (place.whole, partial(_composed, place.branches)):
+            # Both runs have the same random numbers and the same substitutes.
+            forked = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
+            with forked, restoring_host_random_states(), on_trial(modules, is_wide=is_wide):
+                own = Substitutes(is_wide=is_wide).of
+                own_x, own_args, own_kwargs = tree_map(own, (x, *arguments), is_leaf=is_cache)
+                outcomes.append(run(own_x, *own_args, **own_kwargs))
+        whole_y, composed = outcomes
+        error, size = float((whole_y - composed).norm()), float((whole_y - x).norm())
+    if not math.isfinite(size):
+        return False
     if not error <= _SLACK * size:
         raise ValueError(
             f"`branches` do not compute what `{place.name}` (={type(place.block).__name__}) computes: what they add to "
             f"its input differs by {error / (size or 1.0):.1g} of its norm; name all modules of each "
             "branch in their order, or leave `branches` out."
         )
-    place.whole.kind_of_output, place.whole.rest = whole.kind_of_output, whole.rest
-    place.is_checked = True
+    return size > 0
 
 
-def _copied(place: Place) -> tuple[WholeBlock, tuple[nn.Module, ...]]:
-    """Return copies of the block and its branches without hooks, which must run only once per pass."""
-    assert place.branches is not None
-    # A tensor with a graph cannot be copied. The old `weight_norm` leaves one in its module.
-    tensors = [value for module in place.whole.modules() for value in vars(module).values()]
-    memo: dict[int, Any] = {
-        id(tensor): tensor.detach() for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_leaf
-    }
-    whole, branches = copy.deepcopy((place.whole, place.branches), memo)
-    for module in whole.modules():
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return whole, branches
-
-
-def _own_cache(value: Any) -> Any:
-    """Return a copy of a cache, which each run changes, and other values as they are."""
-    return copy.deepcopy(value) if is_cache(value) else value
-
-
-def _composed(functions: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    for function in functions:
-        x = x + function(x, *args, **kwargs)
+def _composed(branches: Sequence[Branch], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    for branch in branches:
+        residual = branch(x, *args, **kwargs)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"`branches` name {list(branch.path)}, which change the shape of the stream of `{branch.name}` from "
+                f"{tuple(x.shape)} to {tuple(residual.shape)}; name all modules of each branch in their order, or "
+                "leave `branches` out."
+            )
+        x = x + residual
     return x
-
-
-def _widened(value: Any) -> Any:
-    is_low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if is_low else value

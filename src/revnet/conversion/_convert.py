@@ -42,8 +42,8 @@ def convert(
         blocks: Dotted names of the lists within `model`, such as "layer1" or ["layer1", "layer2"].
         branches: Names of the modules of each residual branch of a block, such as
             `[["norm1", "attn"], ["norm2", "mlp"]]`, which the block must apply one after the other. Each branch is
-            then a residual function with float32 streams, which models in bfloat16 need. None makes each block one
-            function.
+            then a residual function with float32 streams, which models in bfloat16 need, and gets the arguments of the
+            block that its modules take by name. None makes each block one function.
         back: Whether to restore the original classes instead, of all blocks in `model`.
 
     Returns:
@@ -148,7 +148,7 @@ def _places(row: Row, blocks: Sequence[nn.Module], branches: Branches | None) ->
         parts = None if branches is None else make_branches(block, row.names[index], branches)
         if isinstance(row.method, Adapter):
             check_adapter(row.names[index], block, row.method.name)
-        places.append(Place(row, index, block, whole, parts, Reverse(), branches is None))
+        places.append(Place(row, index, block, whole, parts, Reverse()))
     return places
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from revnet import coupling as couplings
 from revnet._checks import check_bool, describe, is_number
-from revnet.conversion._scheme import Factors, Scheme, scaled_coupling, two_step
+from revnet.conversion._scheme import PARTS, Factors, Scheme, rounded, scaled_coupling, two_step
 from revnet.coupling import FixedPoint
 
 
@@ -43,6 +43,9 @@ class Dr2Net(AbstractMethod):
     At `(alpha, beta) = (1, 0)`, the converted network is the original one, bit for bit. From there, a schedule moves
     `beta` up and `alpha` to `1 - beta` during fine-tuning.
 
+    In fixed-point arithmetic, `beta` is rounded to a multiple of 1/256, and `alpha` takes the difference. If `beta` is
+    rounded to 0 and `alpha` is 1 or `1 - beta`, the network is the original one.
+
     Memory: at `beta = 0`, the input of each block, as with checkpointing. Otherwise two streams, whatever the depth; in
     fixed-point arithmetic also up to 8 bits for each element and block, see `ExactScaled`.
     Time: one more forward pass of each block per update.
@@ -72,7 +75,12 @@ class Dr2Net(AbstractMethod):
 
     def scheme(self, num_branches: int | None) -> Scheme | Factors:
         """Return the scheme of a pass; at `a = 0` the factors."""
-        return two_step((self.beta, 1.0, self.alpha), self.fraction_bits, self.is_wide, num_branches)
+        beta = rounded(self.beta, self.fraction_bits)
+        # Their sum decides how fast streams grow, so `alpha` takes what `beta` loses.
+        alpha = self.alpha + (self.beta - beta)
+        if beta == 0 != self.beta and abs(alpha - 1) <= 0.5 / PARTS:
+            alpha = 1.0  # The original network, but for the rounding.
+        return two_step((beta, 1.0, alpha), self.fraction_bits, self.is_wide, num_branches)
 
     def between(self, other: AbstractMethod, share: float) -> "Dr2Net":
         """Return the method with both coefficients moved by `share` of the way to another `Dr2Net`."""
@@ -87,7 +95,7 @@ class Consistent(AbstractMethod):
     """The consistent family: `x[n+1] = a x[n-1] + (1 - a) x[n] + (1 + a) h(x[n])`.
 
     It stays closer to the original network than `Dr2Net`: `a = 0` is the original, bit for bit, and `a = 1` the
-    midpoint rule.
+    midpoint rule. In fixed-point arithmetic, `a` is first rounded to a multiple of 1/256, in all three factors.
 
     Memory: two streams, whatever the depth. In fixed-point arithmetic, which is the default, also up to 8 bits for each
     element and block: 2 at `a = 1/4`. At `a = 0`, the input of each block, as with checkpointing.
@@ -112,7 +120,8 @@ class Consistent(AbstractMethod):
 
     def scheme(self, num_branches: int | None) -> Scheme | Factors:
         """Return the scheme of a pass; at `a = 0` the factors."""
-        return two_step((self.a, 1 + self.a, 1 - self.a), self.fraction_bits, self.is_wide, num_branches)
+        a = rounded(self.a, self.fraction_bits)
+        return two_step((a, 1 + a, 1 - a), self.fraction_bits, self.is_wide, num_branches)
 
     def between(self, other: AbstractMethod, share: float) -> "Consistent":
         """Return the method with `a` moved by `share` of the way to the one of another `Consistent`."""

@@ -1,11 +1,11 @@
 """Rows of converted blocks, and the place of a block in its row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from revnet.conversion._bodies import Branch, WholeBlock
+from revnet.conversion._bodies import Branch, WholeBlock, Wrapping, untaken_arguments
 from revnet.conversion._methods import AbstractMethod
 from revnet.conversion._scheme import Factors, Scheme
 from revnet.engine import Chain, HalfBlock
@@ -118,8 +118,24 @@ class Place:
     """The branches of the block; None if blocks are whole."""
     policy: AbstractPolicy
     """Policy of the block."""
-    is_checked: bool
-    """Whether the branches are known to compute what the block computes."""
+    outside: tuple[nn.Module, ...] = field(init=False)
+    """The block, and its modules that are not part of a branch; empty if blocks are whole."""
+    untaken: dict[str, int] = field(init=False)
+    """Arguments of the block that reach no branch: the index of each after the stream, by name."""
+    checked: dict[tuple[Any, ...], Wrapping] = field(init=False)
+    """What the block returns around its tensor, for each kind of call in which the branches compute the same."""
+
+    def __post_init__(self) -> None:
+        self._compare_names()
+
+    def _compare_names(self) -> None:
+        """Find out what of the block is not in its branches."""
+        branches = self.branches or ()
+        inside = {id(module) for branch in branches for module in branch.modules()}
+        modules = self.block.modules() if branches else ()
+        self.outside = tuple([module for module in modules if id(module) not in inside])
+        self.untaken = untaken_arguments(type(self.block), branches) if branches else {}
+        self.checked = {}
 
     @property
     def name(self) -> str:
@@ -132,7 +148,7 @@ class Place:
             self.branches = tuple(
                 [branch if branch.is_current(self.block) else branch.renewed(self.block) for branch in self.branches]
             )
-            self.is_checked = False
+            self._compare_names()
 
     def functions_of(self, scheme: Scheme) -> tuple[nn.Module, ...]:
         """Return the functions that the block runs, the same objects in each call."""

@@ -88,7 +88,7 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
     if state is None and scheme is None:
         return _run_plain(place, x, args, kwargs)
     _check_arguments(place, args, kwargs)
-    if not place.is_checked:
+    if place.branches is not None:
         check_branches(place, x, (args, kwargs))
     if checkpoints_itself(place.block) and place.block.training:
         raise ValueError(
@@ -159,7 +159,7 @@ def _run_plain(place: Place, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     assert place.row.factors is not None
     _, b, c = place.row.factors
     is_original = b == c == 1
-    if not is_original and not place.is_checked:
+    if not is_original and place.branches is not None:
         check_branches(place, x, (args, kwargs))
     is_plain = not torch.is_grad_enabled() or runs_plainly()
     policy = place.policy if isinstance(place.policy, AbstractModulePolicy) else Checkpoint()

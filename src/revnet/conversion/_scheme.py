@@ -6,8 +6,8 @@ from revnet.coupling import AbstractCoupling, ExactScaled, Scaled
 
 Factors = tuple[float, float, float]
 """The factors `a`, `b` and `c` of a two-step scheme `x[n+1] = a x[n-1] + c x[n] + b h(x[n])`."""
-_PARTS = 256
-"""An exact coupling rounds `a` to a multiple of `1 / _PARTS`."""
+PARTS = 256
+"""An exact coupling rounds `a` to a multiple of `1 / PARTS`."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,22 @@ class Scheme:
         return sum(divmod(number, 2)) % 2
 
 
+def rounded(a: float, fraction_bits: int | None) -> float:
+    """Return the factor `a` that the couplings compute with, from which a method derives the other factors."""
+    return a if fraction_bits is None else round(a * PARTS) / PARTS
+
+
 def two_step(factors: Factors, fraction_bits: int | None, is_wide: bool, num_branches: int | None) -> Scheme | Factors:
     """Return the scheme of a two-step method, or its factors at `a = 0`.
 
     Args:
-        factors: The factors.
+        factors: The factors, of which `a` is rounded.
         fraction_bits: Bits of the fraction; None for floating point.
         is_wide: Whether fixed-point streams are float64.
         num_branches: Number of branches of a block; None if blocks are whole, so that a function is `x + h(x)`.
     """
     a, b, c = factors
-    # In fixed-point arithmetic, `a` is rounded.
-    if a == 0 or (fraction_bits is not None and round(abs(a) * _PARTS) == 0):
+    if a == 0:
         return factors
     if num_branches is None:
         return Scheme((scaled_coupling((a, b, c - b), fraction_bits, is_wide),))
