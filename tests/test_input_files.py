@@ -43,6 +43,11 @@ def test_follows_links_to_files(tmp_path):
     assert read_text(tmp_path / "link", 100) == "content"
 
 
+def test_drops_one_byte_order_mark(tmp_path):
+    (tmp_path / "file").write_text("\ufeffa\ufeff", encoding="utf-8-sig")
+    assert read_text(tmp_path / "file", 100) == "\ufeffa\ufeff"
+
+
 def test_refuses_more_than_the_limit(tmp_path):
     (tmp_path / "file").write_bytes(bytes(2**20 + 1))
     with pytest.raises(OSError, match="more than 1,024 KiB"):

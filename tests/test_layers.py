@@ -22,6 +22,7 @@ LEVELS = {
     "_image_files": 0,
     "_memory_readings": 0,
     "_palette": 0,
+    "_result_files": 0,
     "_units": 0,
     "_documents": 1,
     "_figure": 1,

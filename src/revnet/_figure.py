@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from revnet._atomic_file import atomic_path
 from revnet._outside_text import printable
+from revnet._result_files import PICTURE_METADATA
 from revnet.errors import MissingDependencyError
 
 _DOTS_PER_INCH = 150
@@ -70,7 +71,7 @@ def save(figure: Any, path: Path, **options: Any) -> None:
     """Save the figure as a PNG file, whole or not at all, even if the name of the file ends differently."""
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the glyph is drawn as a box
-        figure.savefig(temporary, format="png", **options)
+        figure.savefig(temporary, format="png", metadata=PICTURE_METADATA, **options)
 
 
 def plain(text: str) -> str:

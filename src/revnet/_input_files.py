@@ -73,13 +73,13 @@ def read_bytes(path: str | Path, most_bytes: int) -> bytes:
 
 
 def read_text(path: str | Path, most_bytes: int) -> str:
-    """Return the content of a regular file of text in UTF-8.
+    """Return the content of a regular file of text in UTF-8, without the byte order mark that Windows puts before it.
 
     Raises:
         OSError: The file cannot be opened, is not a regular file, or has more than `most_bytes`.
         UnicodeDecodeError: The file is not text in UTF-8.
     """
-    return read_bytes(path, most_bytes).decode("utf-8")
+    return read_bytes(path, most_bytes).decode("utf-8").removeprefix("\ufeff")
 
 
 def _is_sparse(descriptor: int, status: os.stat_result) -> bool:

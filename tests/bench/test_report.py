@@ -43,7 +43,7 @@ def small(monkeypatch, case, request):
 def test_writes_all_files(small, tmp_path, capsys):
     page = run_benchmark(SETTINGS, tmp_path / "results", "revnet bench --some-flag")
     stem = page.name.removesuffix(".md")
-    assert stem.startswith("engine_cpu")
+    assert stem.startswith("engine-quick_cpu")
     names = {path.name for path in page.parent.iterdir()}
     assert names == {f"{stem}{suffix}" for suffix in (".md", ".csv", "_memory.png", "_time.png")}
     text = page.read_text()

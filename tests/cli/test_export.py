@@ -43,6 +43,12 @@ def test_writes_a_model_on_the_hub_to_the_current_folder(revnet, folder, monkeyp
     assert (folder / "model.pt2").exists()
 
 
+def test_writes_a_network_of_the_package_to_the_current_folder(assert_refused, folder):
+    (folder / "revnet38.digits.pt2").write_text("mine")
+    message = "`--out` (=revnet38.digits.pt2) exists, and this command did not write it"
+    assert_refused(("export", "revnet38.digits", "--format", "pt2"), message)
+
+
 def test_names_the_missing_package(assert_refused, folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

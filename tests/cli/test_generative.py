@@ -105,6 +105,14 @@ def test_sample_writes_a_grid_and_inpaints(revnet, runs, tmp_path, missing):
         assert matplotlib.image.imread(file).std() > 0.05
 
 
+@pytest.mark.parametrize("name", ["samples.png", "inpainting_left.png"])
+def test_sample_refuses_to_replace_a_file_of_the_user(assert_refused, runs, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    message = f"`--out-dir` (='{tmp_path}') holds another `{name}`, which would be replaced; pass another folder"
+    assert_refused(["sample", runs / "nice", "--inpaint", "left", "--out-dir", tmp_path], message)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_sample_depends_on_the_seed_alone(revnet, runs, tmp_path):
     pictures = []
     for number, seed in enumerate((0, 0, 1)):

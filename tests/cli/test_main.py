@@ -37,7 +37,7 @@ def run_python(code):
 
 
 def test_torch_is_not_loaded_for_help_or_wrong_flags():
-    lines = [["--help"], ["--version"], ["train", "--epochs", "0"], ["plan", "revnet38"], ["recipes"]]
+    lines = [["--help"], ["--version"], ["train", "--epochs", "0"], ["plan", "revnet38"], ["recipes"], ["models"]]
     lines += [[*command.split("_", 1), "--help"] for command in FUNCTIONS]
     done = run_python(
         "import sys\n"

@@ -121,6 +121,11 @@ def test_writes_page_tables_and_figure(study, tmp_path):
     assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_the_folder_that_cannot_be_written(study, tmp_path):
+    with pytest.raises(ValueError, match=r"^`out_dir` \(='.*/missing'\) cannot be written: No such file or directory;"):
+        page_module.write_study(study, tmp_path / "missing", "some command")
+
+
 def test_page_of_equal_gradients_without_validation(study, tmp_path):
     """There is no validation set, all gradients are equal, and one loss is NaN."""
     equal = {update: [GradientError(group, 0.0, 0.0) for group in GROUPS] for update in study.errors}

@@ -71,6 +71,11 @@ def test_picture_has_a_curve_and_a_test_error_for_each_run(finished, tmp_path, m
     assert {line.get_color() for line in losses.lines} == {"#4477aa"}
 
 
+def test_names_the_folder_that_cannot_be_written(finished):
+    with pytest.raises(ValueError, match=r"^`out_dir` \(='.*table.md'\) cannot be written: File exists; pass a folder"):
+        write_report(TABLE, finished / "table.md", "some command")
+
+
 @pytest.mark.parametrize("log", ["epoch,train_loss\n1,x\n", "epoch,train_loss,train_accuracy\n", ""])
 def test_draws_no_picture_from_a_damaged_log(finished, tmp_path, log):
     folder = shutil.copytree(finished, tmp_path / "runs")

@@ -9,10 +9,12 @@ from typing import Any
 from revnet._atomic_file import write_csv, write_text
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
+from revnet._result_files import begins_with, make_results_folder, writing_to
 from revnet.bench.host import STEPS_PER_TURN, HostResults, measure_host, one_thread
 from revnet.bench.host_cases import HOST_CASES, HOST_METHODS
 
 _THEME = "host"
+_TITLE = "# Processor time of a step on tiny tensors"
 _COLUMNS = (
     *("case", "blocks", "method", "step_seconds", "half_block_microseconds"),
     *("ratio_first_quartile", "ratio_median", "ratio_third_quartile", "least_over_least"),
@@ -25,20 +27,26 @@ def run_host_benchmark(num_rounds: int, folder: Path, command: str) -> Path:
 
     Args:
         num_rounds: Number of turns of each method.
-        folder: Output folder. It is created if it does not exist.
+        folder: Output folder. It is created if it does not exist. Earlier results are replaced.
         command: Command line that the page prints.
 
     Returns:
         The path of the page.
+
+    Raises:
+        ValueError: `folder` cannot be written, or holds another file with one of the names.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{_THEME}_{hardware_name()}_{datetime.date.today()}.md"
+    table = page.with_suffix(".csv")
+    own = {page.name: begins_with(_TITLE.encode()), table.name: begins_with(",".join(_COLUMNS).encode())}
+    make_results_folder("out_dir", folder, own)
     load = _load()
     results = measure_host(num_rounds)
     with one_thread():  # the page prints the number of threads
         text = host_markdown(results, command, load=f"{load} before, {_load()} after")
-    page = folder / f"{_THEME}_{hardware_name()}_{datetime.date.today()}.md"
-    _write_csv(results, page.with_suffix(".csv"))
-    write_text(page, text)
+    with writing_to("out_dir", folder):
+        _write_csv(results, table)
+        write_text(page, text)
     return page
 
 
@@ -52,7 +60,7 @@ def host_markdown(results: HostResults, command: str, *, load: str) -> str:
     """
     peers = {method.package: method.version() or "not installed" for method in HOST_METHODS if method.package}
     lines = [
-        "# Processor time of a step on tiny tensors",
+        _TITLE,
         "",
         *describe_machine(command, peers=peers),
         f"- Load average over one minute: {load}",

@@ -11,6 +11,8 @@ from revnet.bench.methods import METHODS, Method
 from revnet.bench.pitfalls import PITFALLS
 from revnet.bench.run import NUM_WARMUP_ROUNDS, MemoryRow, Results, TimeRow
 
+TITLE = "# Memory, time and correctness of reversible engines"
+"""First line of the page."""
 _MIB = 2**20
 
 
@@ -68,7 +70,7 @@ def markdown(results: Results, command: str, pictures: Sequence[str] = ()) -> st
     settings = results.settings
     peers = {method.package: method.version() or "not installed" for method in METHODS if method.package}
     lines = [
-        "# Memory, time and correctness of reversible engines",
+        TITLE,
         "",
         *describe_machine(command, device=settings.device, peers=peers),
         "- Workloads, in float32, with the same residual functions, weights and input for all methods:",

@@ -1,11 +1,11 @@
 """Files that a command writes where the user says, and that must replace nothing else."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from revnet._atomic_file import open_early
 from revnet._image_files import IMAGE_SUFFIXES
 from revnet._paths import expand_user
+from revnet._result_files import IsOwn, begins_with, may_replace
 from revnet.cli._errors import UsageError
 from revnet.training.run import run_dir
 
@@ -27,7 +27,7 @@ def open_table(flag: str, place: str | None, head: bytes) -> Path | None:
     if place is None:
         return None
     path = expand_user(place)
-    check_out_file(flag, path, lambda file: _head(file, len(head)) == head)
+    check_out_file(flag, path, begins_with(head))
     try:
         open_early(path)
     except OSError as error:
@@ -38,7 +38,7 @@ def open_table(flag: str, place: str | None, head: bytes) -> Path | None:
     return path
 
 
-def check_out_file(flag: str, path: Path, is_own: Callable[[Path], bool]) -> None:
+def check_out_file(flag: str, path: Path, is_own: IsOwn) -> None:
     """Raise unless a command may write to `path`, where it may replace nothing but its own results.
 
     Args:
@@ -61,21 +61,8 @@ def check_out_file(flag: str, path: Path, is_own: Callable[[Path], bool]) -> Non
     if path.name in run_dir.FILES and (path.parent / run_dir.CONFIG).is_file():
         raise UsageError(f"`{flag}` (={path}) is a file of the run in its folder; pass another name.")
     # Nothing is replaced in the folders of devices, where `/dev/stdout` may lead to a file.
-    if any(folder in path.absolute().parents for folder in _DEVICES) or not path.is_file():
-        return
-    if path.stat().st_size and not _may_replace(path, is_own):
+    is_device = any(folder in path.absolute().parents for folder in _DEVICES)
+    if not is_device and not may_replace(path, is_own):
         raise UsageError(
             f"`{flag}` (={path}) exists, and this command did not write it; pass another name, or delete the file."
         )
-
-
-def _may_replace(path: Path, is_own: Callable[[Path], bool]) -> bool:
-    try:
-        return is_own(path)
-    except OSError:
-        return False
-
-
-def _head(path: Path, num_bytes: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(num_bytes)

@@ -9,10 +9,10 @@ from typing import Literal
 
 from revnet._outside_text import file_stem
 from revnet._paths import expand_user
+from revnet._result_files import is_picture, make_results_folder, writing_to
 from revnet.cli._errors import UsageError
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.checks import check_integer
-from revnet.training.writing import writing_to
 
 InputDtype = Literal["float32", "int64"]
 InputShapes = tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -108,9 +108,9 @@ class StepFlags:
         """Title of a picture."""
         return f"{self.model}, batch {self.batch}"
 
-    def picture(self, folder: Path, kind: str, *words: str) -> Path:
-        """Return the file of a picture."""
-        return folder / f"{'_'.join([kind, file_stem(self.model), f'batch{self.batch}', *words])}.png"
+    def picture(self, kind: str, *words: str) -> str:
+        """Return the name of the file of a picture."""
+        return f"{'_'.join([kind, file_stem(self.model), f'batch{self.batch}', *words])}.png"
 
 
 def _spell(values: object) -> str:
@@ -118,11 +118,18 @@ def _spell(values: object) -> str:
     return str(values).replace("(", "[").replace(",)", "]").replace(")", "]").replace("'", "")
 
 
-def open_folder(out_dir: str | None) -> Path:
-    """Create the folder for pictures, before the work, so that a bad path fails at once."""
+def open_folder(out_dir: str | None, *pictures: str) -> Path:
+    """Create the folder for pictures, before the work, so that a bad path fails at once.
+
+    Args:
+        out_dir: The folder, by default the current one.
+        pictures: Names of the pictures, which may replace earlier pictures only.
+
+    Raises:
+        ValueError: The folder cannot be created, or a picture would replace another file.
+    """
     folder = expand_user(out_dir or ".")
-    with writing_to("--out-dir", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_results_folder("--out-dir", folder, dict.fromkeys(pictures, is_picture))
     return folder
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from revnet._paths import expand_user
 from revnet.cli._errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def bench(
             f"`--device` (={device}) must be cpu with `--host`, which measures processor time; leave it out."
         )
     results = Path("benchmarks/results")
-    folder = Path(out_dir) if out_dir is not None else results if results.is_dir() else Path()
+    folder = expand_user(out_dir) if out_dir is not None else results if results.is_dir() else Path()
     command = ["revnet bench", "--host" * host, "--quick" * quick, f"--device {device}" * (device != "cpu")]
     command += [f"--num-rounds {num_rounds}"] if num_rounds is not None else []
     line = " ".join(filter(None, command))

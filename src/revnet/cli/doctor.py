@@ -63,7 +63,9 @@ def doctor(
         check_number("--tolerance", tolerance, "above 0 and below 1", lambda x: 0 < x < 1, "1e-3 is usual")
     if tolerance is not None and exact:
         raise UsageError("`--exact` leaves no error for `--tolerance` to bound; leave one of the two out.")
-    folder = open_folder(out_dir)
+    words = ["exact"] * exact + ["tolerance"] * (tolerance is not None)
+    picture = flags.picture("drift", *words)
+    folder = open_folder(out_dir, picture)
 
     import torch
 
@@ -84,7 +86,5 @@ def doctor(
         )
     with print_while_writing() as print_line, optional_picture(folder):
         print_line(f"{doctor_inputs.description}\n\n{drift}\n")
-        words = ["exact"] * exact + ["tolerance"] * (tolerance is not None)
-        picture = flags.picture(folder, "drift", *words)
-        drift.plot(picture, title=", ".join([flags.title, *words]))
-        print_line(f"picture  {picture}")
+        drift.plot(folder / picture, title=", ".join([flags.title, *words]))
+        print_line(f"picture  {folder / picture}")

@@ -1,5 +1,6 @@
 """`revnet evaluate`."""
 
+from pathlib import Path
 from typing import Literal
 
 from revnet.cli._step_flags import open_folder
@@ -22,7 +23,7 @@ def evaluate(
     """Test a checkpoint: errors, hardest classes, confusions.
 
     Prints a summary, and writes the results of every class to `evaluation_<data>.json` and `.csv`, and a picture of the
-    confusions to `.png`.
+    confusions to `.png`. They replace files of an earlier evaluation, and no others.
 
     Examples:
         revnet evaluate runs/digits_revnet38_1
@@ -35,7 +36,8 @@ def evaluate(
             Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package.
         data: Data set, by name or path; by default, the data set of the run. Its test images are used, and
             classes are matched by name.
-        out_dir: Folder for the results; the folder of the checkpoint by default.
+        out_dir: Folder for the results; by default the folder of the checkpoint, or the current folder for weights from
+            the hub or of the package.
         batch_size: Images per batch, on each device; 500 by default, fewer for images larger than 64x64.
         num_workers: Processes that decode images for each device, if the data are not held in memory.
         on_corrupt: How to treat an image that cannot be decoded: stop, or skip it with a warning.
@@ -47,9 +49,12 @@ def evaluate(
         open_folder(out_dir)  # fails now rather than after an hour
 
     from revnet import training
+    from revnet.models.pretrained.shipped import results_folder
     from revnet.training.evaluation.evaluation_report import report_evaluation
     from revnet.training.processes.world import is_printing
+    from revnet.training.run.checkpoint import find_weights
 
+    folder = str(results_folder(find_weights(Path(checkpoint)))) if out_dir is None else out_dir
     result = training.evaluate(
         checkpoint,
         data,
@@ -58,13 +63,14 @@ def evaluate(
         on_corrupt=on_corrupt,
         device=device,
         devices=devices,
+        out_dir=folder,
         show_progress=True,
     )
     if not is_printing():
         return
     with print_while_writing() as print_line:
         print_line(report_evaluation(result))
-        files = result.save(out_dir)
+        files = result.save(folder)
         for number, file in enumerate(files):
             print_line(f"{'' if number else 'written':13}  {file}")
         if all(file.suffix != ".png" for file in files):

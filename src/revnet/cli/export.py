@@ -1,10 +1,10 @@
 """`revnet export`."""
 
 import sys
-from pathlib import Path
 from typing import Literal
 
 from revnet._paths import expand_user
+from revnet._result_files import writing_to
 from revnet.cli._out_file import check_out_file
 
 _SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
@@ -27,20 +27,21 @@ def export(checkpoint: str, *, format: Literal["onnx", "pt2"] = "onnx", out: str
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
             are used; best.safetensors in it holds the best weights on validation.
+            Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package, such
+            as revnet38.digits.
         format: onnx for onnxruntime and other programs, or pt2 for `torch.export.load`.
-        out: File to write; by default, the name of the weights with the suffix of the format, in the same folder, or
-            in the current one for weights on the hub.
+        out: File to write; by default, the name of the weights with the suffix of the format, in their folder, or in
+            the current folder for weights on the hub or of the package.
     """
-    from revnet.models.pretrained.hub_files import is_hub_name
+    from revnet.models.pretrained.shipped import packaged_name, results_folder
     from revnet.training.export.inference import read_inference
     from revnet.training.export.write import is_inference_file, write_inference
     from revnet.training.run.checkpoint import find_weights
     from revnet.training.run.used_weights import describe_weights
-    from revnet.training.writing import writing_to
 
     weights = find_weights(expand_user(checkpoint))
-    local = Path(weights.name) if is_hub_name(checkpoint) else weights  # The cache of downloads is not for files.
-    path = local.with_suffix(_SUFFIXES[format]) if out is None else expand_user(out)
+    name = f"{packaged_name(weights) or weights.stem}{_SUFFIXES[format]}"
+    path = results_folder(weights) / name if out is None else expand_user(out)
     check_out_file("--out", path, is_inference_file)
     with writing_to("--out", path, "file"):
         report = write_inference(read_inference(weights), path, format)

@@ -77,7 +77,9 @@ def memory(
         loss=loss,
     )
     check_integer("--depth", depth, at_least=0)
-    folder = open_folder(out_dir)
+    words = [*([] if policy is None else [policy]), *(["step-in-backward"] if step_in_backward else [])]
+    picture = flags.picture("memory", *words)
+    folder = open_folder(out_dir, picture)
 
     from revnet.cli._build import build_step, materialize
     from revnet.errors import PredictionError
@@ -115,7 +117,5 @@ def memory(
     assert step_memory is not None
     with print_while_writing() as print_line, optional_picture(folder):
         print_line(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
-        words = [*([] if policy is None else [policy]), *(["step-in-backward"] if step_in_backward else [])]
-        picture = flags.picture(folder, "memory", *words)
-        plot_timeline(step_memory, picture, title=", ".join([flags.title, *words]))
-        print_line(f"picture  {picture}")
+        plot_timeline(step_memory, folder / picture, title=", ".join([flags.title, *words]))
+        print_line(f"picture  {folder / picture}")

@@ -140,7 +140,8 @@ def plan(
         return
     if budget is None:
         raise UsageError(BUDGET_IS_REQUIRED)
-    folder = open_folder(out_dir)
+    picture = flags.picture("plan")
+    folder = open_folder(out_dir, picture)
 
     from revnet.cli._build import build_step
     from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes
@@ -165,9 +166,8 @@ def plan(
         )
     with print_while_writing() as print_line, optional_picture(folder):
         print_line(f"{step.description}\n\n{step_plan}\n")
-        picture = flags.picture(folder, "plan")
-        step_plan.plot(picture, title=flags.title)
-        print_line(f"picture    {picture}")
+        step_plan.plot(folder / picture, title=flags.title)
+        print_line(f"picture    {folder / picture}")
     _print_uses(flags, budget, step_in_backward=step_plan.step_in_backward)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from revnet._image_files import list_images
 from revnet._outside_text import encodable, printable, shorten
+from revnet._result_files import writing_to
 from revnet.cli._errors import UsageError, describe_error
 from revnet.cli._image_lines import name_width, printable_path
 from revnet.cli._out_file import open_table
@@ -59,7 +60,6 @@ def predict(
     from revnet.training.evaluation.predict_images import predict_each, save_json_lines, save_predictions
     from revnet.training.processes.world import is_printing
     from revnet.training.run.used_weights import describe_weights
-    from revnet.training.writing import writing_to
 
     errors = []
     is_main = is_printing()

@@ -45,7 +45,8 @@ def sample(
         data: Data set of the test images, by name or path; by default, the data set of the run.
         on_corrupt: How to treat an image that cannot be decoded: stop, or skip it with a warning.
         seed: Seed of the samples and of the noise.
-        out_dir: Folder for the pictures; the folder of the checkpoint by default.
+        out_dir: Folder for the pictures, which replace earlier ones only; by default the folder of the checkpoint, or
+            the current folder for weights from the hub or of the package.
         device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
     """
     from revnet.training.settings.checks import check_integer, check_number

@@ -4,6 +4,7 @@ import sys
 
 from revnet._image_files import list_images
 from revnet._outside_text import encodable, printable
+from revnet._result_files import writing_to
 from revnet.cli._errors import describe_error
 from revnet.cli._image_lines import name_width, printable_path
 from revnet.cli._out_file import open_table
@@ -49,7 +50,6 @@ def score(
 
     from revnet.training.density.score import ImageScore, save_scores, score_each
     from revnet.training.run.used_weights import describe_weights
-    from revnet.training.writing import writing_to
 
     errors = []
 

@@ -17,6 +17,7 @@ from revnet.training.settings.run_config import read_task
 
 _COMMANDS = {None: TrainConfig.command, "nice": NiceConfig.command, "lm": LanguageConfig.command}
 """Commands by the `task` in the settings of a run."""
+_RATES = "learning_rates.png"
 AUTO = "auto"
 """Value of `--resume` that starts a run or continues it."""
 
@@ -100,7 +101,8 @@ def run(
     if config is None:
         _report(training.resume(str(folder), **settings))
     elif find_lr:
-        _report_rate(training.find_lr(config), config.out_dir)
+        picture = open_folder(config.out_dir, _RATES) / _RATES
+        _report_rate(training.find_lr(config), picture)
     else:
         _report(training.train(config))
 
@@ -130,10 +132,8 @@ def _check_task(folder: str, task: str | None) -> None:
         )
 
 
-def _report_rate(trial: Any, out_dir: str | None) -> None:
-    folder = open_folder(out_dir)
-    picture = folder / "learning_rates.png"
-    with print_while_writing() as print_line, optional_picture(folder):
+def _report_rate(trial: Any, picture: Path) -> None:
+    with print_while_writing() as print_line, optional_picture(picture.parent):
         print_line(trial.report())
         trial.plot(picture)
         print_line(f"picture {picture}")

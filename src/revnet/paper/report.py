@@ -13,6 +13,7 @@ from revnet._atomic_file import write_table, write_text
 from revnet._documents import read_json
 from revnet._figure import try_to_draw
 from revnet._provenance import Provenance
+from revnet._result_files import IsOwn, begins_with, is_picture, writing_to
 from revnet.errors import CheckpointError
 from revnet.models import AbstractImageClassifier, create_model
 from revnet.paper.curves import plot_curves, read_curve
@@ -20,6 +21,7 @@ from revnet.paper.tables import Row, Table
 from revnet.training import TrainConfig
 
 _NUMBERS = ("test_error", "num_updates", "train_seconds", "step_seconds")
+_TITLE = "# The table"
 _OPTIONAL_NUMBERS = ("peak_bytes", "stored_peak_bytes", "process_peak_bytes")
 
 
@@ -63,19 +65,30 @@ class RunFigures:
     """Test error of the official code, in percent."""
 
 
+def report_files() -> dict[str, IsOwn]:
+    """Return the names of the page, the table and the picture, and how each is recognized."""
+    columns = ",".join(RunFigures.__dataclass_fields__)
+    return {
+        "table.md": begins_with(_TITLE.encode()),
+        "table.csv": begins_with(columns.encode()),
+        "table.png": is_picture,
+    }
+
+
 def write_report(table: Table, out_dir: Path, command: str) -> list[RunFigures]:
     """Write `table.md`, `table.csv` and `table.png` of all finished runs in `out_dir`, and return their figures."""
     runs = {folder: run for row in table.rows for folder, run in _read_runs(table, row, out_dir).items()}
     figures = list(runs.values())
-    out_dir.mkdir(parents=True, exist_ok=True)
     lines = format_report(table, figures, command)
-    picture = out_dir / "table.png"
-    if runs and try_to_draw(lambda: _draw(table, runs, picture), picture):
-        lines += ["", f"![Training curves of {table.name}]({picture.name})"]
-    else:
-        picture.unlink(missing_ok=True)  # It would show other runs.
-    write_text(out_dir / "table.md", "\n".join(lines) + "\n")
-    write_table(out_dir / "table.csv", list(RunFigures.__dataclass_fields__), map(asdict, figures))
+    page, columns, picture = (out_dir / file for file in report_files())
+    with writing_to("out_dir", out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if runs and try_to_draw(lambda: _draw(table, runs, picture), picture):
+            lines += ["", f"![Training curves of {table.name}]({picture.name})"]
+        else:
+            picture.unlink(missing_ok=True)  # It would show other runs.
+        write_text(page, "\n".join(lines) + "\n")
+        write_table(columns, list(RunFigures.__dataclass_fields__), map(asdict, figures))
     return figures
 
 
@@ -87,7 +100,7 @@ def _draw(table: Table, runs: Mapping[Path, RunFigures], path: Path) -> None:
 
 def format_report(table: Table, figures: Sequence[RunFigures], command: str) -> list[str]:
     """Return the lines of the Markdown page."""
-    lines = [f"# The table `{table.name}`, reproduced", ""]
+    lines = [f"{_TITLE} `{table.name}`, reproduced", ""]
     if not figures:
         return [*lines, "No run has finished yet."]
     for name, values in (

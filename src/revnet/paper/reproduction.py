@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from revnet._paths import expand_user
-from revnet.paper.report import RunFigures, write_report
+from revnet._result_files import make_results_folder
+from revnet.paper.report import RunFigures, report_files, write_report
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainConfig, TrainingInterrupted, resume, train
 from revnet.training.recipes import find_recipe
@@ -57,8 +58,8 @@ def reproduce(
         The figures of all finished runs of the table in `out_dir`.
 
     Raises:
-        ValueError: A model is not in the table, a seed is given twice, a setting does not exist, or a run in
-            `out_dir` has other settings.
+        ValueError: A model is not in the table, a seed is given twice, a setting does not exist, a run in `out_dir` has
+            other settings, or the table would replace another file there.
         TrainingInterrupted: The process received Ctrl-C or SIGTERM. The same call continues the table.
     """
     out_dir = expand_user(out_dir)
@@ -75,6 +76,7 @@ def reproduce(
     runs = [_plan(table, model, seed, out_dir, settings) for seed in seeds for model in chosen]
     for run in [] if report_only else runs:
         _check_same_settings(run)
+    make_results_folder("out_dir", out_dir, report_files())
     for number, run in enumerate(runs, 1):
         if not (report_only or run.is_finished):
             if not quiet:

@@ -6,6 +6,7 @@ from typing import Any
 from revnet._checks import check_path, describe
 from revnet._outside_text import shorten
 from revnet._paths import expand_user
+from revnet._result_files import writing_to
 from revnet.errors import CheckpointError, RevnetError
 from revnet.models.pretrained.card import CARD
 from revnet.models.pretrained.hub_files import CONFIG, PREPROCESS, WEIGHTS, check_repository
@@ -16,7 +17,6 @@ from revnet.training.language.model import LanguageModel
 from revnet.training.model_card import write_card
 from revnet.training.run.checkpoint import EPOCH_KEY, find_weights, read_weights
 from revnet.training.saved_module import SavedModule
-from revnet.training.writing import writing_to
 
 _MODULES: dict[str, type[SavedModule]] = {
     module_type.header_type.kind: module_type for module_type in (Classifier, ImageDensity, LanguageModel)

@@ -93,8 +93,14 @@ def test_large_jpegs_are_decoded_at_a_fraction(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("crop", [WHOLE, RandomResizedCrop()])
-@pytest.mark.parametrize("size", [(30, 20), (900, 600)], ids=["small", "shrunk by JPEG"])
-def test_photographs_are_rotated_upright(orientation: int, crop: Any, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("format", "size", "tolerance"),
+    [("JPEG", (30, 20), 14), ("JPEG", (900, 600), 14), ("PNG", (30, 20), 0), ("TIFF", (30, 20), 0)],
+    ids=["small", "shrunk by JPEG", "PNG", "TIFF"],
+)
+def test_photographs_are_rotated_upright(
+    orientation: int, crop: Any, format: str, size: tuple[int, int], tolerance: int
+) -> None:
     upright = smooth(*size)
     transpose = Image.Transpose
     turned_back = {
@@ -109,9 +115,11 @@ def test_photographs_are_rotated_upright(orientation: int, crop: Any, size: tupl
     stored = upright.transpose(turned_back[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels = decode(save(stored, "JPEG", quality=95, exif=exif), crop, (10, 12), FIRST)
+    encoded = save(stored, format, quality=95, exif=exif)
+    pixels = decode(encoded, crop, (10, 12), FIRST)
     expected = decode(save(upright), crop, (10, 12), FIRST)
-    assert abs(pixels.astype(int) - expected).max() <= 14  # JPEG halves the resolution of colors
+    assert abs(pixels.astype(int) - expected).max() <= tolerance  # JPEG halves the resolution of colors
+    assert decode_whole(encoded).shape == (*size[::-1], 3)
 
 
 # ---- kinds of images
@@ -198,8 +206,10 @@ JPEG = save(Image.fromarray(random_images(1, height=64, width=64)[0].permute(1, 
         (encode(random_images(1)[0])[:-30], "."),
         (bomb(), "more than 100,000,000 pixels"),
         (save(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"), "floating-point numbers"),
+        (save(Image.fromarray(np.array([[0, 65536]], dtype=np.int32)), "TIFF"), "32-bit integers of unknown range"),
+        (save(Image.fromarray(np.array([[0, -1]], dtype=np.int32)), "TIFF"), "32-bit integers of unknown range"),
     ],
-    ids=["empty", "text", "zeros", "half a JPEG", "its header", "half a PNG", "bomb", "float"],
+    ids=["empty", "text", "zeros", "half a JPEG", "its header", "half a PNG", "bomb", "float", "large", "negative"],
 )
 def test_undecodable_images(encoded: bytes, reason: str) -> None:
     for call in (lambda: decode(encoded, WHOLE, (4, 4), FIRST), lambda: decode_whole(encoded)):

@@ -111,6 +111,32 @@ def test_the_last_batch_may_be_smaller(any_split: AbstractSplit) -> None:
             assert epoch(loader, 1) == whole[k:]
 
 
+def test_no_image_is_lost_or_repeated_on_another_number_of_processes(any_split: AbstractSplit) -> None:
+    # Of the 25 images, one process has seven batches, and three have six, the last of which takes the 25th image.
+    def make_all(num_processes: int) -> list[Loader]:
+        return [make(any_split, drop_last=False, rank=k, num_processes=num_processes) for k in range(num_processes)]
+
+    def images(loaders: list[Loader]) -> list[Any]:
+        return [image.tolist() for parts in zip(*loaders, strict=True) for part, _ in parts for image in part]
+
+    whole = images(make_all(1))
+    for before, after in ((1, 3), (3, 1)):
+        loaders, resumed = make_all(before), make_all(after)
+        states = [loaders[0].state_dict() for _ in loaders[0]]
+        for state in states:
+            if (before, state["samples"]) == (1, 24):
+                with pytest.raises(ValueError, match=r"^`samples` \(=24\) of the saved position must be 25, where"):
+                    resumed[0].load_state_dict(state)
+                continue
+            for loader in resumed:
+                loader.load_state_dict(state)
+            assert sorted(images(resumed)) == sorted(whole[state["samples"] :])
+            assert [loader.state_dict()["samples"] for loader in resumed] == [25] * after
+        older = {name: value for name, value in states[2].items() if name != "samples"}
+        resumed[0].load_state_dict(older)
+        assert resumed[0].state_dict() == states[2]
+
+
 @pytest.mark.parametrize("num_parts", [1, 2])
 def test_windows_continue_after_every_update(num_parts: int) -> None:
     def windows(**options: Any) -> RandomWindows:

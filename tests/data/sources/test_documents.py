@@ -16,7 +16,7 @@ def write_folder(path):
     (path / "b").mkdir(parents=True)
     (path / "a.txt").write_text(TEXTS[0])
     (path / "b" / "a.txt").write_text(TEXTS[1], encoding="utf-8")
-    (path / "b" / "b.txt").write_text(TEXTS[2])
+    (path / "b" / "b.TXT").write_text(TEXTS[2], encoding="utf-8-sig")
     (path / "c.txt").write_text(TEXTS[3])
     (path / "empty.txt").write_text("")
     (path / ".hidden.txt").write_text("hidden")
@@ -29,8 +29,9 @@ def write_lines(path, texts=TEXTS):
     return path
 
 
-def test_a_folder_and_lines_of_json_have_the_same_documents(tmp_path):
-    folder, lines = write_folder(tmp_path / "docs"), write_lines(tmp_path / "docs.jsonl")
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.JSONL"])
+def test_a_folder_and_lines_of_json_have_the_same_documents(tmp_path, name):
+    folder, lines = write_folder(tmp_path / "docs"), write_lines(tmp_path / name)
     first, second = load_text(folder, val_fraction=0.5), load_text(lines, val_fraction=0.5)
     assert first.name == second.name == "docs"
     assert first.vocabulary == second.vocabulary

@@ -130,6 +130,18 @@ def test_a_missing_test_class_is_logged_once(pets: Path, caplog: pytest.LogCaptu
     ]
 
 
+def test_images_outside_the_folders_of_classes_are_logged(pets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/b.png", "train/a.jpg", "val/c.png", "cover.png"):
+        write_image(pets / name)
+    with caplog.at_level(logging.WARNING):
+        assert len(load_image_folder(pets).train) == 5
+    outside = "outside the folders of its classes (the first is"
+    assert caplog.messages == [
+        f"'{pets / 'train'}' holds 2 images {outside} 'a.jpg'), which are not used",
+        f"'{pets / 'val'}' holds 1 image {outside} 'c.png'), which is not used",
+    ]
+
+
 # ---- bad folders
 
 

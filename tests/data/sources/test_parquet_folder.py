@@ -210,9 +210,16 @@ def test_two_sets_of_shards(folder: Path) -> None:
         load_parquet_folder(folder)
 
 
-@pytest.mark.parametrize("path", ["~unknown_user/data", "x" * 5000], ids=["user", "length"])
-def test_unreadable_paths(path: str) -> None:
-    with pytest.raises(DataError, match=r"cannot be opened: .*; pass a folder that can be read"):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~unknown_user/data", "does not exist; pass a folder of images"),
+        ("x" * 5000, "cannot be opened: .*; pass a folder that can be read"),
+    ],
+    ids=["user", "length"],
+)
+def test_unreadable_paths(path: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         load_parquet_folder(path)
 
 

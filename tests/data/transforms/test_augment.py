@@ -99,7 +99,7 @@ def test_a_cutout_does_not_change_crops_and_flips() -> None:
 
 def test_single_images_and_single_pixels() -> None:
     assert make_augment(2, True, SIZE)(numbered(1)).shape == (1, 2, 4, 6)
-    assert make_augment(1, True, (1, 1))(torch.ones(3, 1, 1, 1)).shape == (3, 1, 1, 1)
+    assert make_augment(0, True, (1, 1))(torch.ones(3, 1, 1, 1)).shape == (3, 1, 1, 1)
 
 
 def test_without_transforms_it_is_the_identity() -> None:
@@ -145,8 +145,11 @@ def test_gpu_batches_use_the_same_draws() -> None:
 
 
 def test_rejects_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"`crop_padding` \(=-1\) must not be negative; pass 0"):
-        make_augment(-1, True, SIZE)
+    for padding in (-1, 4):
+        with pytest.raises(
+            ValueError, match=rf"`crop_padding` \(={padding}\) must be at least 0, and below .* pass 0 to leave"
+        ):
+            make_augment(padding, True, SIZE)
     with pytest.raises(ValueError, match=r"`image_size` \(=\(0, 4\)\) must be positive"):
         make_augment(1, True, (0, 4))
     for cutout in (-1, 4, 6):

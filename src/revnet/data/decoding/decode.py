@@ -96,8 +96,7 @@ def decode_whole(encoded: bytes) -> Pixels:
     """
     with _pillow_errors():
         image = _open(encoded)
-        _check_size(image)
-        image.load()
+        _load(image)
         return np.asarray(_to_gray_or_rgb(_turn_upright(image, _orientation(image))))
 
 
@@ -155,13 +154,14 @@ def _decode_part(encoded: bytes, crop: AbstractCrop, size: tuple[int, int], draw
     from PIL import Image
 
     image = _open(encoded)
+    if image.format == "TIFF":
+        _load(image)  # Pillow turns a TIFF upright as it loads it, and may report the upright size before
     orientation = _orientation(image)
     upright = image.size[::-1] if orientation in _SIDEWAYS else image.size
     box = crop.box(*upright, size, draw)
     wanted = _smallest_useful_size(upright, box, size)
     image.draft(None, wanted[::-1] if orientation in _SIDEWAYS else wanted)  # affects JPEG only
-    _check_size(image)
-    image.load()
+    _load(image)
     image = _turn_upright(image, orientation)
     x, y = image.width / upright[0], image.height / upright[1]
     shrunk_box = (box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height))
@@ -193,12 +193,13 @@ def _has_other_format(encoded: bytes) -> bool:
     return encoded[4:8] == b"ftyp" or encoded.lstrip()[:4] in (b"%!PS", b"8BPS", b"\0\0\0\x0c", b"<svg", b"<?xm")
 
 
-def _check_size(image: "Image") -> None:
-    """Raise if the image, as it will be decoded, has too many pixels."""
+def _load(image: "Image") -> None:
+    """Decode the pixels; raise if the image, as it will be decoded, has too many of them."""
     limit = most_pixels()
     if image.width * image.height > limit:
         reason, way_out = _too_large(limit)
         raise UndecodableError(f"{reason}: {image.width:,} x {image.height:,}", way_out)
+    image.load()
 
 
 def most_pixels() -> int:
@@ -250,7 +251,9 @@ def _to_gray_or_rgb(image: "Image") -> "Image":
         raise UndecodableError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):  # 16 bits, which older versions of Pillow return as 32
         pixels = np.asarray(image)
-        gray = (np.clip(pixels, 0, 65535) >> 8).astype(np.uint8)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise UndecodableError("its pixels are 32-bit integers of unknown range")
+        gray = (pixels >> 8).astype(np.uint8)
         if "transparency" in image.info:
             gray[pixels == image.info["transparency"]] = 255
         return Image.fromarray(gray)

@@ -44,6 +44,7 @@ class EpochBatches(AbstractBatches, Sampler[Draws]):
     ) -> None:
         self._num_images = num_images
         self._batches = share.global_batches(num_images, batch_size, drop_last=drop_last)
+        bounds = [0, *(batch.stop for batch in self._batches)]
         self._shuffle = shuffle
         self._weights = weights
         self._seed = seed
@@ -52,7 +53,7 @@ class EpochBatches(AbstractBatches, Sampler[Draws]):
         order = {"seed": seed, "batch_size": batch_size, "num_images": num_images}
         if weights is not None:
             order["weights"] = zlib.crc32(weights.numpy().tobytes())
-        self.position = Position(len(self._batches), share.num_parts, order)
+        self.position = Position(bounds, share.num_parts, order)
 
     def __len__(self) -> int:
         return len(self._batches) * self.share.num_parts

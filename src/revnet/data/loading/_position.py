@@ -1,6 +1,6 @@
 """The place of a loader in its epoch, for checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -11,16 +11,17 @@ class Position:
     chosen another epoch since.
 
     Args:
-        num_updates: Number of updates in an epoch.
+        bounds: Number of samples (or of batches) before each update of an epoch, and of all updates.
         num_parts: Number of batches that are handed out for each update.
         order: Everything that the order of the batches depends on, except the epoch, by the names of the arguments.
     """
 
-    def __init__(self, num_updates: int, num_parts: int, order: Mapping[str, int]) -> None:
+    def __init__(self, bounds: Sequence[int], num_parts: int, order: Mapping[str, int]) -> None:
         self.epoch = 0
         self.num_left_out = 0
         """Number of updates that the current iteration leaves out at its start."""
-        self._num_updates = num_updates
+        self._bounds = bounds
+        self._num_updates = len(bounds) - 1
         self._num_parts = num_parts
         self._order = dict(order)
         self._num_handed_out = 0
@@ -30,6 +31,11 @@ class Position:
     def updates(self) -> int:
         """Number of updates of this epoch all of whose batches were handed out."""
         return self._num_handed_out // self._num_parts
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether all batches of this epoch were handed out."""
+        return self.updates >= self._num_updates
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration. A different epoch than before starts at its beginning."""
@@ -52,13 +58,14 @@ class Position:
 
     def save(self) -> dict[str, Any]:
         """Return the position as plain numbers."""
-        return {"epoch": self.epoch, "updates": self.updates, **self._order}
+        samples = self._bounds[min(self.updates, self._num_updates)]  # a stream may be longer than announced
+        return {"epoch": self.epoch, "updates": self.updates, "samples": samples, **self._order}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore a position, at which the next iteration starts.
 
         Raises:
-            ValueError: The position was saved with another order, or is outside the epoch.
+            ValueError: The position was saved with another order, is outside the epoch, or is within a batch.
         """
         for name, value in self._order.items():
             if state.get(name) != value:
@@ -66,11 +73,19 @@ class Position:
                     f"`{name}` (={value}) must equal the {state.get(name)} of the saved position, which counts batches "
                     f"of that order; use {state.get(name)}, or start again without the position."
                 )
-        if not 0 <= state["updates"] <= self._num_updates:
+        samples = state.get("samples")  # older positions lack it
+        updates = self._num_updates if samples == self._bounds[-1] else state["updates"]
+        if not 0 <= updates <= self._num_updates:
             raise ValueError(
-                f"`updates` (={state['updates']}) of the saved position must be from 0 to {self._num_updates}, the "
-                "number of updates in an epoch; start again without the position."
+                f"`updates` (={updates}) of the saved position must be from 0 to {self._num_updates}, the number of "
+                "updates in an epoch; start again without the position."
+            )
+        if samples not in (None, self._bounds[updates]):
+            raise ValueError(
+                f"`samples` (={samples}) of the saved position must be {self._bounds[updates]}, where this loader has "
+                f"made {updates} updates; use the number of processes of the position, which the last batches depend "
+                "on without `drop_last`, or start again without the position."
             )
         self.epoch = state["epoch"]
-        self._num_handed_out = state["updates"] * self._num_parts
+        self._num_handed_out = updates * self._num_parts
         self._is_restored = True

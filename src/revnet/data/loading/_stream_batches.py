@@ -65,10 +65,11 @@ class StreamBatches(AbstractBatches, IterableDataset[Chunk]):
         self._shuffle = shuffle
         self._seed = seed
         self.share = share
-        self._num_batches = len(share.global_batches(len(split), batch_size, drop_last=drop_last))
+        batches = share.global_batches(len(split), batch_size, drop_last=drop_last)
+        self._num_batches = len(batches)
         self._num_readers = max(1, num_workers)
         order = {"seed": seed, "batch_size": batch_size, "num_images": len(split), "num_workers": self._num_readers}
-        self.position = Position(self._num_batches, share.num_parts, order)
+        self.position = Position([0, *(batch.stop for batch in batches)], share.num_parts, order)
         # What was handed out of this epoch: the global batches of each reader, and the reader whose turn is next.
         self._num_read = [0] * self._num_readers
         self._next_reader = 0
@@ -129,6 +130,8 @@ class StreamBatches(AbstractBatches, IterableDataset[Chunk]):
         """Yield the batches that follow the position, the joined remainders of the workers last."""
         if self.position.begin() == 0:
             self._num_read, self._next_reader = [0] * self._num_readers, 0
+        if self.position.is_at_end:
+            return
         num_joined = self.position.updates - sum(self._num_read)
         self._start.copy_(torch.tensor([self.position.epoch, self._next_reader, *self._num_read]))
         remainders: dict[int, DecodedBatch] = {}

@@ -78,7 +78,8 @@ class Loader(Iterable[Batch]):
         """Return the position: the epoch, and the updates of it whose batches were all handed out.
 
         A batch counts once it is handed out, so save the position when its update is complete. Batches that workers
-        have read ahead do not count. The state consists of plain numbers and fits any number of processes and of parts.
+        have read ahead do not count. The state consists of plain numbers and fits any number of processes and of parts,
+        except near the end of an epoch without `drop_last`, where the batches depend on the number of processes.
         """
         return self._batches.state_dict()
 
@@ -86,7 +87,7 @@ class Loader(Iterable[Batch]):
         """Restore a position: the next iteration yields the rest of its epoch, unless another epoch is set first.
 
         Raises:
-            ValueError: The position is from a loader with another order.
+            ValueError: The position is from a loader with another order, or no batch of this loader begins there.
         """
         self._batches.load_state_dict(state_dict)
 
@@ -159,7 +160,9 @@ def make_loader(
     none of them empty. Each process reads a whole stream, but decodes only its own slices.
 
     `loader.state_dict` and `load_state_dict` save and restore the position within an epoch, and Lightning calls them: a
-    run that is resumed after any update sees the same batches as an uninterrupted run, on any number of processes. The
+    run that is resumed after any update sees the same batches as an uninterrupted run, on any number of processes.
+    Without `drop_last`, batches depend on that number if fewer images than processes are left at the end, or if there
+    are more processes than images in a batch; a position where no batch of the new loader begins is refused. The
     position of a stream leaves out rows without decoding them, and needs the same `num_workers`. It is exact as long as
     the rows come in the same order, which a stream from the hub keeps only with the same files there and the same
     version of `datasets`.

@@ -60,7 +60,8 @@ class RandomWindows(Iterable[Tensor]):
         self._seed = seed
         self._pin_memory = pin_memory
         order = {"seed": seed, "batch_size": batch_size, "num_batches": num_batches, "num_tokens": len(tokens)}
-        self._position = Position(num_batches, num_parts, {**order, "length": length})
+        bounds = range(0, (num_batches + 1) * batch_size, batch_size)
+        self._position = Position(bounds, num_parts, {**order, "length": length})
 
     @property
     def sampler(self) -> "RandomWindows":

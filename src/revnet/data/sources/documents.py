@@ -15,7 +15,9 @@ from revnet.errors import DataError
 _MOST_BYTES = 2**32
 """Largest text, since it is read whole; tokens take as much memory again."""
 _LINES = ".jsonl"
-"""End of the name of a file with a JSON object per line."""
+"""Suffix of a file with a JSON object per line, in lower case."""
+_TEXT = ".txt"
+"""Suffix of the files of a folder that are read, in lower case."""
 _FIELD = "text"
 """Field of a JSON object with the document."""
 
@@ -70,7 +72,7 @@ def read_documents(path: str | Path) -> Documents:
     text = _read_file(path, _MOST_BYTES)
     if not text:
         raise DataError(f"`data` (='{path}') is empty; pass a text file with some content.")
-    if path.suffix == _LINES:
+    if path.suffix.lower() == _LINES:
         return Documents(path.stem, list(_read_lines(path, text)), is_one=False)
     return Documents(path.stem, [text], is_one=True)
 
@@ -93,8 +95,10 @@ def _read_folder(path: Path) -> Iterator[str]:
     try:
         files = sorted(
             file
-            for file in path.rglob("*.txt")
-            if not any(part.startswith(".") for part in file.relative_to(path).parts) and file.is_file()
+            for file in path.rglob("*")
+            if file.suffix.lower() == _TEXT
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and file.is_file()
         )
     except OSError as error:
         raise DataError(f"`data` (='{path}') cannot be read: {error.strerror}; pass a folder of text files.") from error
@@ -107,8 +111,8 @@ def _read_folder(path: Path) -> Iterator[str]:
             yield text
     if is_empty:
         raise DataError(
-            f"`data` (='{path}') is a folder without a .txt file with some content; pass a text file, a folder of .txt "
-            f"files, or a {_LINES} file."
+            f"`data` (='{path}') is a folder without a {_TEXT} file with some content; pass a text file, a folder of "
+            f"{_TEXT} files, or a {_LINES} file."
         )
 
 

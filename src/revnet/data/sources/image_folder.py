@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from revnet._image_files import IMAGE_SUFFIXES, TESTS, TRAIN, class_folders, image_files
+from revnet._image_files import IMAGE_SUFFIXES, TESTS, TRAIN, class_folders, image_files, loose_images
 from revnet._paths import expand_user
 from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
@@ -33,7 +33,8 @@ def load_image_folder(
     `<path>/train/<class>/` holds the training images; `<path>/test/`, `val/`, `validation/` or `valid/` holds the test
     images of the same classes, or of some of them. Classes are numbered in the order of their folder names. Only names
     are read at this point: the images, of any size, are decoded to RGB batch by batch. Other files, and names that
-    begin with a dot, are ignored; folders inside the folder of a class belong to the class.
+    begin with a dot, are ignored; folders inside the folder of a class belong to the class. A warning names images
+    outside the folders of classes, which are not used.
 
     Training images get a random resized crop, test images the center crop, see `load_dataset`.
 
@@ -53,12 +54,15 @@ def load_image_folder(
     """
     try:
         folder = expand_user(path)
+        folder.stat()  # raises if the folder does not exist
         train = class_folders(folder / TRAIN)
         if not train:
             raise DataError(f"`path` (='{folder}') must hold '{TRAIN}', with one folder of images for each class.")
         test_folder, test = _test_folders(folder)
         class_names = tuple(train)
         _check_classes(test_folder, test, class_names)
+        for part in (folder / TRAIN, test_folder):
+            warn_of_loose_images(part, loose_images(part))
         splits = [
             _make_split(folders, class_names, image_size, crop, on_corrupt)
             for folders, crop in ((train, RandomResizedCrop(crop_area)), (test, CenterCrop()))
@@ -72,6 +76,18 @@ def name_of_folder(folder: Path) -> str:
     """Return the name of the data set in a folder, on one line."""
     name = folder.name.strip(".") or folder.resolve().name
     return " ".join(name.split()) or name
+
+
+def warn_of_loose_images(folder: Path, loose: list[str]) -> None:
+    """Log a warning of the images that are directly in `folder`, outside the folders of its classes."""
+    if loose:
+        _log.warning(
+            "'%s' holds %s outside the folders of its classes (the first is '%s'), which %s not used",
+            folder,
+            counted(len(loose), "image"),
+            loose[0],
+            "are" if len(loose) > 1 else "is",
+        )
 
 
 def class_files(folders: Mapping[_Class, Path]) -> dict[_Class, list[str]]:

@@ -1,6 +1,5 @@
 """A plain folder of classes, `<class>/*.jpg` without `train` and `test`, which is divided by the names of the files."""
 
-import logging
 import os
 import unicodedata
 from hashlib import blake2b
@@ -8,14 +7,11 @@ from pathlib import Path
 
 from revnet._image_files import class_folders, image_files, loose_images, part_among_classes
 from revnet._paths import expand_user
-from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
-from revnet.data.sources.image_folder import class_files, name_of_folder, split_of_classes
+from revnet.data.sources.image_folder import class_files, name_of_folder, split_of_classes, warn_of_loose_images
 from revnet.data.splits.image_dataset import Division, ImageDataset
 from revnet.errors import DataError
-
-_log = logging.getLogger("revnet.data")
 
 
 def load_plain_folder(
@@ -96,14 +92,7 @@ def _find_classes(folder: Path) -> dict[str, Path]:
             f"`path` (='{folder}') holds images but no folder for each class; move the images of each class to a "
             "folder with its name."
         )
-    if loose:
-        _log.warning(
-            "'%s' holds %s outside the folders of its classes (the first is '%s'), which %s not used",
-            folder,
-            counted(len(loose), "image"),
-            loose[0],
-            "are" if len(loose) > 1 else "is",
-        )
+    warn_of_loose_images(folder, loose)
     return classes
 
 

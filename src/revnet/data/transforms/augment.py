@@ -82,18 +82,21 @@ def make_augment(
         A module for a float batch and its keys, active in training mode only; the identity if there is nothing to do.
 
     Raises:
-        ValueError: `crop_padding` or `cutout` is negative, a cutout could erase a whole image, or `image_size` is not
-            positive.
+        ValueError: `crop_padding` or `cutout` is negative, or so large that whole images could become zero, or
+            `image_size` is not positive.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network; official code, renmengye/revnet-public, the CIFAR input.
         DeVries and Taylor (2017), Improved Regularization of Convolutional Neural Networks with Cutout.
     """
-    if crop_padding < 0:
-        raise ValueError(f"`crop_padding` (={crop_padding}) must not be negative; pass 0 to leave out the crop.")
     height, width = image_size
     if height < 1 or width < 1:
         raise ValueError(f"`image_size` (={image_size}) must be positive; pass (height, width).")
+    if not 0 <= crop_padding < min(height, width):
+        raise ValueError(
+            f"`crop_padding` (={crop_padding}) must be at least 0, and below the shorter side of `image_size` "
+            f"(={image_size}), since a crop could otherwise hold nothing but padding; pass 0 to leave out the crop."
+        )
     if not 0 <= cutout < min(height, width):
         raise ValueError(
             f"`cutout` (={cutout}) must be at least 0, and below the shorter side of `image_size` (={image_size}), "

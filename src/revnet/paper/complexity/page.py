@@ -8,10 +8,12 @@ from revnet._atomic_file import write_csv, write_text
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
+from revnet._result_files import begins_with, is_picture, make_results_folder, writing_to
 from revnet.bench import METHODS
 from revnet.bench.report import Measurement
 from revnet.paper.complexity import draw
 from revnet.paper.complexity.costs import (
+    QUICK_COMPLEXITY,
     TECHNIQUES,
     Complexity,
     ComplexitySettings,
@@ -21,6 +23,7 @@ from revnet.paper.complexity.costs import (
 )
 
 _MIB, _GIGA = 2**20, 1e9
+_TITLE = "# Complexity of methods to run reversible blocks"
 
 
 def run_complexity(
@@ -28,9 +31,11 @@ def run_complexity(
 ) -> Path:
     """Measure the paper's table of complexities and write `complexity_<hardware>_<date>` as Markdown, CSV and PNG.
 
+    With the depths of `QUICK_COMPLEXITY`, the name begins with `complexity-quick`.
+
     Args:
         settings: Number of measurements, and the device.
-        folder: Output folder. It is created if it does not exist.
+        folder: Output folder. It is created if it does not exist. Earlier results are replaced.
         command: Command line that the page prints.
         say: Function that receives a line for each result.
 
@@ -39,16 +44,21 @@ def run_complexity(
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        ValueError: `folder` cannot be written, or holds another file with one of the names.
     """
     check_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
+    is_quick = settings.memory_depths == QUICK_COMPLEXITY.memory_depths
+    figure = "complexity-quick" if is_quick else "complexity"
+    name = f"{figure}_{hardware_name(settings.device)}_{datetime.date.today()}"
+    page, table, picture = f"{name}.md", f"{name}.csv", f"{name}.png"
+    columns = begins_with(",".join(Measurement._fields).encode())
+    make_results_folder("out_dir", folder, {page: begins_with(_TITLE.encode()), table: columns, picture: is_picture})
     complexity = measure_complexity(settings, say)
-    name = f"complexity_{hardware_name(settings.device)}_{datetime.date.today()}"
-    page = folder / f"{name}.md"
-    write_text(page, "\n".join(_page(complexity, command, name)).rstrip() + "\n")
-    write_csv(folder / f"{name}.csv", [Measurement._fields, *_measurements(complexity)])
-    draw.plot(complexity, folder / f"{name}.png")
-    return page
+    with writing_to("out_dir", folder):
+        write_text(folder / page, "\n".join(_page(complexity, command, name)).rstrip() + "\n")
+        write_csv(folder / table, [Measurement._fields, *_measurements(complexity)])
+        draw.plot(complexity, folder / picture)
+    return folder / page
 
 
 def _measurements(complexity: Complexity) -> Iterator[Measurement]:
@@ -75,7 +85,7 @@ def _measurements(complexity: Complexity) -> Iterator[Measurement]:
 def _page(complexity: Complexity, command: str, name: str) -> Iterator[str]:
     settings = complexity.settings
     described = {method.name: method.description for method in METHODS}
-    yield "# Complexity of methods to run reversible blocks"
+    yield _TITLE
     yield ""
     yield from describe_machine(command, device=settings.device)
     yield f"- Workload, in float32, the same for all techniques: {settings.case.description}"

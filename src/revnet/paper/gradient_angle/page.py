@@ -1,25 +1,29 @@
 """Write the gradient-angle study as a Markdown page, CSV files and a figure."""
 
 import datetime
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import torch
+
 from revnet._atomic_file import write_csv, write_text
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
 from revnet._provenance import Provenance, with_environment
+from revnet._result_files import IsOwn, begins_with, is_picture, make_results_folder, writing_to
 from revnet.paper.gradient_angle import draw
 from revnet.paper.gradient_angle.callbacks import GradientAngle
 from revnet.paper.gradient_angle.gradients import GradientError
 from revnet.paper.gradient_angle.study import AngleStudy, check_twins, measure_gradient_angle
 from revnet.training import TrainConfig
+from revnet.training.device import find_device
 from revnet.training.run import run_dir
 from revnet.training.settings.fields import list_groups
 
+_TITLE = "# Gradients of rebuilt and of stored activations"
 _ALWAYS_SHOWN = ("data", "model", "epochs", "batch_size", "lr", "precision", "seed")
 
 
@@ -40,7 +44,7 @@ def run_gradient_angle(
 
     Args:
         config: Settings of both runs.
-        folder: Output folder. It is created if it does not exist.
+        folder: Output folder. It is created if it does not exist. Earlier results are replaced.
         command: Command line that the page prints.
         every: Number of updates from one measurement to the next.
         with_reference: Whether to compare stored gradients with float64 too.
@@ -52,28 +56,44 @@ def run_gradient_angle(
     Raises:
         MissingDependencyError: matplotlib is not installed.
         TypeError: `every` is not an integer.
-        ValueError: The model is not reversible, `every` is not positive, or a setting is not allowed here.
+        ValueError: The model is not reversible, `every` is not positive, a setting is not allowed here, or `folder`
+            cannot be written, or holds another file with one of the names.
         DataError: The data set is missing or corrupt.
         TrainingInterrupted: The process received Ctrl-C or SIGTERM.
     """
     angle = GradientAngle(every, with_reference=with_reference)
     check_twins(config)
     check_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_results_folder("out_dir", folder, _files(_name(config, find_device(config.device))))
     return write_study(measure_gradient_angle(config, angle, quiet=quiet), folder, command)
 
 
 def write_study(study: AngleStudy, folder: Path, command: str) -> Path:
     """Write the page, the tables and the figure, and return the path of the page."""
-    data = re.sub(r"[^A-Za-z0-9.]+", "-", study.reversed.result.test.data).strip("-.")
-    figure = "gradient-angle-exact" if study.config.exact else "gradient-angle"
-    name = f"{figure}_{study.config.model}_{data}_{hardware_name(study.device)}_{datetime.date.today()}"
-    page = folder / f"{name}.md"
-    write_text(page, "\n".join(_page(study, command, name)).rstrip() + "\n")
-    write_csv(folder / f"{name}.csv", _error_rows(study))
-    write_csv(folder / f"{name}_curves.csv", _curve_rows(study))
-    draw.plot(study, folder / f"{name}.png")
+    name = _name(study.config, study.device)
+    page, errors, curves, picture = (folder / file for file in _files(name))
+    with writing_to("out_dir", folder):
+        write_text(page, "\n".join(_page(study, command, name)).rstrip() + "\n")
+        write_csv(errors, _error_rows(study))
+        write_csv(curves, _curve_rows(study))
+        draw.plot(study, picture)
     return page
+
+
+def _name(config: TrainConfig, device: torch.device) -> str:
+    figure = "gradient-angle-exact" if config.exact else "gradient-angle"
+    data = run_dir.data_stem(Path(config.data).name)
+    return f"{figure}_{config.model}_{data}_{hardware_name(device)}_{datetime.date.today()}"
+
+
+def _files(name: str) -> dict[str, IsOwn]:
+    """Return the names of the page, the two tables and the picture, and how each is recognized."""
+    return {
+        f"{name}.md": begins_with(_TITLE.encode()),
+        f"{name}.csv": begins_with(b"update,group,"),
+        f"{name}_curves.csv": begins_with(b"update,reversed_loss,"),
+        f"{name}.png": is_picture,
+    }
 
 
 def _error_rows(study: AngleStudy) -> Iterator[Sequence[Any]]:
@@ -94,7 +114,7 @@ def _curve_rows(study: AngleStudy) -> Iterator[Sequence[Any]]:
 def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
     result = study.reversed.result
     trained = Provenance.parse(result.machine)  # the number of threads too
-    yield f"# Gradients of rebuilt and of stored activations: {study.config.model} on {result.test.data}"
+    yield f"{_TITLE}: {study.config.model} on {result.test.data}"
     yield ""
     yield f"- Hardware: {trained.hardware}"
     yield f"- Versions: {trained.versions}"

@@ -37,7 +37,7 @@ class OwnBatches(Iterable[Batch]):
         self._num_batches = num_updates * num_parts
         self._num_parts = num_parts
         self._seed = seed
-        self._position = Position(num_updates, num_parts, {"seed": seed, "num_batches": self._num_batches})
+        self._position = Position(range(num_updates + 1), num_parts, {"seed": seed, "num_batches": self._num_batches})
 
     @property
     def sampler(self) -> "OwnBatches":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from revnet._atomic_file import atomic_path
 from revnet._outside_text import printable
+from revnet._result_files import PICTURE_METADATA
 
 _GAP = 1  # pixels of the images
 _USUAL_WIDTH = 1000  # of the grid, in pixels of the picture
@@ -29,6 +30,7 @@ def save_grid(
         row_labels: Texts to the left of the rows.
     """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     grid = make_grid(images, num_columns or math.ceil(math.sqrt(len(images))))
     factor = max(1, round(_USUAL_WIDTH / grid.shape[2]))
@@ -36,8 +38,11 @@ def save_grid(
     picture = Image.fromarray(pixels.squeeze(2).contiguous().numpy())
     if title or row_labels:
         picture = _with_texts(picture, title, row_labels)
+    metadata = PngInfo()
+    for key, text in PICTURE_METADATA.items():
+        metadata.add_text(key, text)
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="png")
+        picture.save(temporary, format="png", pnginfo=metadata)
 
 
 def _with_texts(picture: Any, title: str, row_labels: Sequence[str]) -> Any:

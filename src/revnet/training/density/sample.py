@@ -10,6 +10,7 @@ from torch import Tensor
 from revnet._checks import check_path
 from revnet._outside_text import shorten
 from revnet._paths import expand_user
+from revnet._result_files import is_picture, make_results_folder, writing_to
 from revnet._text_table import format_lines
 from revnet._units import counted
 from revnet.data.decoding.corrupt import OnCorrupt
@@ -22,7 +23,6 @@ from revnet.training.device import find_device
 from revnet.training.run.checkpoint import find_weights
 from revnet.training.run.used_weights import describe_weights
 from revnet.training.settings.checks import check_choice, check_integer
-from revnet.training.writing import writing_to
 
 Missing = Literal["top", "bottom", "left", "right", "random"]
 
@@ -96,15 +96,15 @@ def sample(
         data: Data set of the test images, by name or path; by default the data set of the training.
         on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
         seed: Seed of the samples and the noise.
-        out_dir: Folder for the pictures; by default the folder of the checkpoint, or the current folder for a
-            checkpoint from the hub.
+        out_dir: Folder for the pictures, which replace earlier ones; by default the folder of the checkpoint, or the
+            current folder for a checkpoint from the hub or of the package.
         device: `cpu`, `cuda`, `cuda:1`, `xpu` or `mps`; `auto` takes a GPU if there is one, but never `xpu`.
 
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not hold a density.
         DataError: The data set is missing or corrupt.
         ValueError: The images of `data` do not fit the model, `device` is not available, or `out_dir` cannot be
-            written.
+            written, or holds another file with the name of a picture.
     """
     check_path("checkpoint", checkpoint, hint="a file of weights, or the folder of a run")
     if data is not None:
@@ -119,17 +119,16 @@ def sample(
     density = load_density(weights)
     folder = results_folder(weights) if out_dir is None else expand_user(out_dir)
     name, images = _test_images(density, data, on_corrupt)
-    with writing_to("out_dir", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    names = ["samples.png", *([] if missing is None else [f"inpainting_{missing}.png"])]
+    make_results_folder("out_dir", folder, dict.fromkeys(names, is_picture))
+    files = [folder / name for name in names]
     density.to(torch_device)
     generator = torch.Generator(torch_device).manual_seed(seed)
     drawn = density.sample(num_samples, temperature=temperature, generator=generator).cpu()
-    files = [folder / "samples.png"]
     subject = f"{name}, {weights.parent.name or weights.name}"
     with writing_to("out_dir", folder):
         save_grid(drawn, files[0], title=f"{counted(num_samples, 'sample')} at temperature {temperature:g} ({subject})")
     if missing is not None:
-        files.append(folder / f"inpainting_{missing}.png")
         chosen = images[:: max(1, len(images) // _NUM_INPAINTED)][:_NUM_INPAINTED]
         mask = known_pixels(missing, density.header.image_shape, seed=seed)
         options = {"num_steps": num_steps, "step_size": step_size, "noise": _NOISE}

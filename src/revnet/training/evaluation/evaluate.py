@@ -20,7 +20,7 @@ from revnet.data.loading.loader import Loader
 from revnet.errors import DataError
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.evaluation.confusion import Confusion
-from revnet.training.evaluation.evaluate_result import EvaluateResult
+from revnet.training.evaluation.evaluate_result import EvaluateResult, check_evaluation_files
 from revnet.training.evaluation.new_folder import check_unseen, is_new_folder
 from revnet.training.processes.choose import NumDevices, choose_world, device_of
 from revnet.training.processes.join import add_up, joined
@@ -47,6 +47,7 @@ def evaluate(
     on_corrupt: OnCorrupt = "stop",
     device: str = "auto",
     devices: NumDevices = None,
+    out_dir: str | Path | None = None,
     show_progress: bool = False,
 ) -> EvaluateResult:
     """Evaluate the weights of `checkpoint` in one pass over a test set.
@@ -65,17 +66,21 @@ def evaluate(
         device: `cpu`, `cuda`, `cuda:1`, `xpu` or `mps`; `auto` takes a GPU if there is one, but never `xpu`.
         devices: Number of devices that divide the images; `auto` takes all GPUs. None takes the processes that torchrun
             or SLURM has started, all of which return the result, or one device.
+        out_dir: Folder to which the result will be saved by `EvaluateResult.save`, which is checked before the
+            evaluation; None checks nothing.
         show_progress: Whether to draw a bar, if standard error is a terminal.
 
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not fit the model that it names.
         DataError: The data set is missing or corrupt.
-        ValueError: The images or classes of `data` do not fit the model, `device` is not available, or a number is out
-            of range.
+        ValueError: The images or classes of `data` do not fit the model, `device` is not available, a number is out of
+            range, or the files of the result would replace others in `out_dir`.
     """
     check_path("checkpoint", checkpoint, hint="a file of weights, or the folder of a run")
     if data is not None:
         check_path("data", data, hint="the name or the path of a data set, or None for the data set of the training")
+    if out_dir is not None:
+        check_path("out_dir", out_dir, hint="a folder, or None to check none")
     if batch_size is not None:
         batch_size = check_integer("batch_size", batch_size, at_least=1)
     num_workers = check_integer("num_workers", num_workers, at_least=0)
@@ -87,6 +92,7 @@ def evaluate(
         "num_workers": num_workers,
         "on_corrupt": on_corrupt,
         "device": device,
+        "out_dir": out_dir,
         "show_progress": show_progress,
     }
     world = choose_world(device, devices)
@@ -103,6 +109,7 @@ def _evaluate_part(
     num_workers: int,
     on_corrupt: OnCorrupt,
     device: str,
+    out_dir: str | Path | None,
     show_progress: bool,
 ) -> EvaluateResult:
     """Evaluate this process's part of the images, and return the result of all processes."""
@@ -113,6 +120,8 @@ def _evaluate_part(
         classifier = load_classifier(weights)
         header = classifier.header
         dataset = load_test_data(header, data, on_corrupt)
+        if out_dir is not None and world.is_main:
+            check_evaluation_files(out_dir, dataset.name, weights)
         result = evaluate_on(
             dataset,
             classifier,

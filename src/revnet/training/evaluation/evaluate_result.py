@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from revnet._atomic_file import write_text
+from revnet._documents import read_json
 from revnet._figure import check_matplotlib, try_to_draw
 from revnet._paths import expand_user
-from revnet.errors import MissingDependencyError
+from revnet._result_files import IsOwn, begins_with, check_replaced, is_picture, make_results_folder, writing_to
+from revnet.errors import CheckpointError, MissingDependencyError
 from revnet.models.pretrained.hub_files import WEIGHTS
 from revnet.models.pretrained.shipped import results_folder
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.confusion_plot import plot_confusion
 from revnet.training.run import run_dir
-from revnet.training.writing import writing_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,24 +97,26 @@ class EvaluateResult:
         """Write the figures (JSON), the errors of all classes (CSV) and the plot of the confusions (PNG).
 
         The files are named `evaluation_<data>`, or `evaluation_<data>_<weights>` for weights other than the last of a
-        run, such as `evaluation_digits_best`. Files of an earlier evaluation are replaced.
+        run, such as `evaluation_digits_best`. Files of an earlier evaluation are replaced, and no others.
 
         Args:
             out_dir: Folder for the files; by default the folder of the weights, or the current folder for weights from
-                the hub.
+                the hub or of the package.
 
         Returns:
             Paths of the files. The plot is missing if it cannot be drawn, or if matplotlib is not installed.
 
         Raises:
-            ValueError: `out_dir` cannot be written, or is missing for weights that were in memory.
+            ValueError: `out_dir` cannot be written, holds another file with one of the names, or is missing for
+                weights that were in memory.
         """
         if out_dir is None and self.checkpoint is None:
             raise ValueError("`out_dir` (=None) must be given, since the weights were not read from a file.")
         folder = expand_user(out_dir) if out_dir is not None else results_folder(Path(self.checkpoint or ""))
-        figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
+        names = _files(self.data, self.checkpoint)
+        make_results_folder("out_dir", folder, names)
+        figures, table, picture = files = [folder / name for name in names]
         with writing_to("out_dir", folder):
-            folder.mkdir(parents=True, exist_ok=True)
             write_text(figures, json.dumps(self._figures(), indent=2) + "\n")
             self.confusion.save_csv(table)
             title = f"{self.model} on {self.data}: error {100 * self.error:.2f} %"
@@ -129,12 +132,6 @@ class EvaluateResult:
         except MissingDependencyError:
             return False
         return try_to_draw(lambda: plot_confusion(self.confusion, picture, title), picture)
-
-    def _stem(self) -> str:
-        stem = f"evaluation_{run_dir.data_stem(self.data)}"
-        last = [Path(name).stem for name in (run_dir.LAST_WEIGHTS, WEIGHTS)]
-        is_last = self.checkpoint is None or self.checkpoint.stem in last
-        return stem if is_last else f"{stem}_{Path(self.checkpoint or '').stem}"
 
     def _figures(self) -> dict[str, Any]:
         return {
@@ -154,3 +151,34 @@ class EvaluateResult:
             "images_per_second": self.images_per_second,
             "machine": self.machine,
         }
+
+
+def check_evaluation_files(out_dir: str | Path, data: str, checkpoint: Path) -> None:
+    """Raise if `EvaluateResult.save` would replace a file in `out_dir` that is not of an earlier evaluation.
+
+    Args:
+        out_dir: The folder.
+        data: Name of the data set.
+        checkpoint: File of the weights.
+
+    Raises:
+        ValueError: There is such a file.
+    """
+    check_replaced("out_dir", expand_user(out_dir), _files(data, checkpoint))
+
+
+def _files(data: str, checkpoint: Path | None) -> dict[str, IsOwn]:
+    """Return the names of the files: figures, table and picture; and how each is recognized."""
+    stem = f"evaluation_{run_dir.data_stem(data)}"
+    last = [Path(name).stem for name in (run_dir.LAST_WEIGHTS, WEIGHTS)]
+    if checkpoint is not None and checkpoint.stem not in last:
+        stem += f"_{checkpoint.stem}"
+    table = begins_with(b"class,images,errors,error,")
+    return {f"{stem}.json": _holds_figures, f"{stem}.csv": table, f"{stem}.png": is_picture}
+
+
+def _holds_figures(path: Path) -> bool:
+    try:
+        return {"num_errors", "cross_entropy", "machine"} <= read_json(path).keys()
+    except CheckpointError:
+        return False

@@ -34,7 +34,10 @@ def check_flag(name: str, value: Any, *, is_optional: bool = False) -> None:
 
 
 def is_index(value: Any) -> bool:
-    """Return whether `value` is an integer, such as Python's and NumPy's. A bool does not count."""
+    """Return whether `value` is an integer, such as Python's and NumPy's. A bool does not count.
+
+    Arguments of the library must be Python's integers, see `is_integer` in `revnet._checks`, which loads PyTorch.
+    """
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         return False
     try:
