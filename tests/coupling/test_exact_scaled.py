@@ -58,19 +58,21 @@ def test_products_equal_those_of_python_integers(num_parts, sign, is_wide, num_b
     coupling = ExactScaled(Scaled(sign * num_parts / 256), 4, is_wide=is_wide)
     ends = [2**num_bits - distance for distance in range(1, 300)]
     integers = [*range(-300, 300), *ends, *[-end for end in ends]]
-    # Adding the same product with a residual keeps the result in range for every factor.
     products = [sign * ((num_parts * k + 128) >> 8) for k in integers]
-    halves = [product // 2 for product in products]
     dtype = torch.float64 if is_wide else torch.float32
     x = torch.tensor(integers, dtype=torch.float64).to(dtype) / 16
-    residual = -torch.tensor(halves, dtype=torch.float64).to(dtype) / 16
-    halves = (-residual.double() * 16).long().tolist()  # Beyond the range, the dtype has rounded them.
-    y, kept = coupling.forward_keeping(x, residual)
-    expected = [product - half for product, half in zip(products, halves, strict=True)]
-    inside = torch.tensor([abs(step) < 2**num_bits for step in expected])
-    assert inside.sum() >= 600
-    assert torch.equal((y.double() * 16)[inside], torch.tensor(expected, dtype=torch.float64)[inside])
-    assert torch.equal(coupling.inverse_kept(y, residual, kept)[inside], x[inside])
+    # Adding half of the same product keeps the sum in range for every factor. The others end near a limit, from
+    # residuals of up to five times the limit.
+    halves, end = [-(product // 2) for product in products], 2**num_bits - 99
+    for residuals in (halves, [end - product for product in products], [-end - product for product in products]):
+        residual = torch.tensor(residuals, dtype=torch.float64).to(dtype) / 16
+        rounded = (residual.double() * 16).long().tolist()  # Beyond the range, the dtype has rounded them.
+        expected = [product + step for product, step in zip(products, rounded, strict=True)]
+        y, kept = coupling.forward_keeping(x, residual)
+        inside = torch.tensor([abs(step) < 2**num_bits for step in expected])
+        assert inside.sum() >= 600
+        assert torch.equal((y.double() * 16)[inside], torch.tensor(expected, dtype=torch.float64)[inside])
+        assert torch.equal(coupling.inverse_kept(y, residual, kept)[inside], x[inside])
 
 
 @pytest.mark.parametrize("a", [0.5, -0.5, 0.7, -0.7, -1.0])
@@ -152,11 +154,19 @@ def test_stays_exact_where_the_inverse_would_explode():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_visible(value):
-    coupling = ExactScaled(Scaled(0.5))
-    x, bad = torch.ones(3), torch.tensor([0.0, value, 0.0])
-    for y in (coupling.forward(x, bad), coupling.forward(bad, x)):
-        assert y.isfinite().tolist() == [True, False, True]
+@pytest.mark.parametrize("a", [0.5, 0.7, 1.5])
+@pytest.mark.parametrize("is_wide", [False, True], ids=["float32", "float64"])
+def test_what_is_not_finite_stays_visible_and_alone(value, a, is_wide):
+    coupling = ExactScaled(Scaled(a), is_wide=is_wide)
+    good = coupling.prepare(torch.arange(16.0) / 3)
+    bad = good.index_fill(0, torch.tensor([5]), value)
+    finite = good.isfinite().index_fill(0, torch.tensor([5]), False)
+    for x, residual in ((good, bad), (bad, good)):
+        y, kept = coupling.forward_keeping(x, residual)
+        back = coupling.inverse_kept(y, residual, kept)
+        assert torch.equal(y.isfinite(), finite)
+        assert torch.equal(back.isfinite(), finite)
+        assert torch.equal(back[finite], good[finite])
 
 
 @pytest.mark.parametrize("value", [1e12, -1e15, 1e19, 1e300, math.inf])
@@ -175,6 +185,33 @@ def test_a_stream_beyond_the_integers_is_reported_as_it_is():
         ReconstructionError, match=r"a stream reached 6\.\d+e\+14 at `blocks\.0\.f`, .*set `fraction_bits=3`"
     ):
         sequence(x).sum().backward()
+
+
+class ShiftedTanh(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(float(number)))
+
+    def forward(self, x):
+        return torch.tanh(x) + self.number
+
+
+@pytest.mark.parametrize("a", [0.5, 0.7])
+def test_an_input_out_of_range_is_reported_even_if_a_residual_brings_it_back(a):
+    """Its last bit is lost, and the function that reads it is not the reason."""
+    block = ReversibleBlock(ShiftedTanh(0), ShiftedTanh(-500), coupling=ExactScaled(Scaled(a)))
+    x = torch.tensor([[0.0, 1025.0]], requires_grad=True)
+    with pytest.raises(ReconstructionError, match=r"a stream reached 1,025 at `blocks\.0\.g`, beyond the 1,024"):
+        ReversibleSequential(block)(x)
+    ReversibleSequential(block, policy=Store())(x).sum().backward()
+
+
+def test_a_residual_above_the_limit_leaves_gradients_exact():
+    """Only the streams have a limit, here of 4: a residual of 4.2 brings -0.3 times 3.5 to 3.2."""
+    block = ReversibleBlock(ShiftedTanh(1), ShiftedTanh(5), coupling=ExactScaled(Scaled(0.3), 51, is_wide=True))
+    x = torch.linspace(-3.6, -3.4, 128, dtype=torch.float64).view(8, 16).requires_grad_()
+    sequence = ReversibleSequential(block).double()
+    assert_same_bits(outcome(sequence, x, Reverse()), outcome(sequence, x, Store()))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # PyTorch's own, at the first use of `jvp`

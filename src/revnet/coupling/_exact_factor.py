@@ -32,6 +32,13 @@ MOST_PARTS = 4 * NUM_PARTS
 """Parts of a factor below which the product with an integer of 53 bits fits 64 bits."""
 _MOST_STEPS = 2**53
 """Magnitude up to which a stream of float64 holds every integer."""
+_MOST_RESIDUAL = 2**62
+"""Magnitude of a residual, in steps, up to which its sum with a product, which is below 2^55, fits 64 bits."""
+_MOST_REBUILT = 2**53 + 2**40
+"""Magnitude of a stream, in steps, up to which it can be rebuilt in 64 bits.
+
+Rounding moves a stream in range by a few hundred steps at most, and the product of this number with any factor fits.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,14 @@ class ExactFactor:
         """Undo `combine_keeping`."""
         scale = 2.0**self.fraction_bits
         if not self.is_shift:
-            x = self._lowest(_steps(y, self._dtype_for(y), scale).sub_(_steps(residual, self._dtype_for(y), scale)))
+            dtype = self._dtype_for(y)
+            x = self._lowest(_steps(y, dtype, scale).sub_(_steps(residual, dtype, scale)))
             if kept is not None:
                 x += _unpack(kept, y.shape, self.num_bits).to(x.dtype)
             x = _from_steps(x, y.dtype, scale)
+            if dtype == torch.int64:
+                plain = (y - residual).div_(self.value(y.dtype))
+                x = torch.where(plain.abs() <= _MOST_REBUILT / scale, x, plain)
             return y.copy_(x) if in_place else x
         steps = _steps(residual, y.dtype, scale)
         x = y.sub_(steps, alpha=1 / scale) if in_place else torch.sub(y, steps, alpha=1 / scale)
@@ -172,7 +183,8 @@ class _TracedCombine(torch.autograd.Function):
         y = _from_steps(total, x.dtype, scale)
         if steps.dtype == torch.int64:
             # Integers know no NaN and no infinity, and wrap at 64 bits; plain arithmetic shows what left the range.
-            fits = (x.abs() <= _MOST_STEPS / scale) & (residual.abs() <= _MOST_STEPS / scale)
+            # A sum in range may have a residual above it, of up to 2^53 + 2^55 steps.
+            fits = (x.abs() <= _MOST_STEPS / scale) & (residual.abs() <= _MOST_RESIDUAL / scale)
             y = torch.where(fits, y, x * factor.value(x.dtype) + residual)
         return _returnable(y), None if places is None else _pack(places, factor.num_bits)
 
@@ -249,7 +261,8 @@ def _from_steps(steps: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 
 def _pack(numbers: Tensor, num_bits: int) -> Tensor:
     """Return numbers of `num_bits` bits, packed into bytes. The parts of one byte lie far apart in `numbers`."""
-    per_byte, flat = 8 // num_bits, numbers.reshape(-1)
+    # NaN and infinity have no place, and must not change the other parts of their bytes.
+    per_byte, flat = 8 // num_bits, numbers.nan_to_num_(0.0).reshape(-1)
     if len(flat) % per_byte:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % per_byte))
     first, *others = flat.view(per_byte, -1)

@@ -151,8 +151,9 @@ def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
     if is_small and not x.is_meta and not in_functorch_transform() and not is_jit_tracing():
         # The node of a plain sum has the same gradients, and costs a tenth of a Python function's. Its values are then
         # replaced by those on the grid, through `data`, which autograd does not see.
+        steps = _grid_steps(residual.data, x.dtype, scale)  # Before `y`: a prediction runs `_AddOnGrid`.
         y = x + residual
-        torch.add(x.data, _grid_steps(residual.data, x.dtype, scale), alpha=1 / scale, out=y.data)
+        torch.add(x.data, steps, alpha=1 / scale, out=y.data)
         return y
     return _AddOnGrid.apply(x, residual, scale)
 

@@ -35,7 +35,9 @@ class RangeWatch(Observer):
     def on_forward(
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
-        """Check the stream that half-block `index` has updated."""
+        """Check the stream that half-block `index` has updated, and a stream that enters the chain and is rebuilt."""
+        if index < len(streams) and (run.undoes_all or -1 < run.lowest < index) and is_bound_by_range(half_block):
+            self.look(half_block, streams[half_block.target])
         self.look(half_block, y)
 
     def look(self, half_block: HalfBlock, y: Tensor) -> None:
@@ -68,8 +70,13 @@ class RangeWatch(Observer):
             check_range(half_block, value, magnitude.dtype)
 
 
+def is_bound_by_range(half_block: HalfBlock) -> bool:
+    """Return whether the half-block can only rebuild a stream in range. An addition can rebuild any on the grid."""
+    return half_block.coupling.is_exact and not half_block.coupling.is_additive
+
+
 def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:
-    """Raise if a stream that the half-block has just updated is out of range."""
+    """Raise if a stream that the half-block updates is out of range."""
     if not half_block.coupling.is_exact or not has_values(y):
         return
     if HAS_ACCELERATOR and is_capturing():

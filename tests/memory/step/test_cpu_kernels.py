@@ -1,5 +1,6 @@
 """Each correction is right, and PyTorch still needs it."""
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -56,6 +57,30 @@ def embedding_bag():
     return aten._embedding_bag.default(torch.ones(10, 8), tokens, offsets, False, 1)
 
 
+LAYOUTS = [
+    *(((5, 8, 1, 1), (8, 1, 8, 8)), ((5, 8, 1, 1), (8, 1, 1, 1))),  # maps of 1 x 1 in two forms
+    *(((5, 8, 3, 2), (48, 1, 16, 8)), ((5, 8, 3, 2), (48, 6, 2, 1))),  # channels last, and first
+    *(((5, 1, 3, 2), (6, 1, 2, 1)), ((5, 8, 1, 2), (16, 1, 16, 8)), ((8, 1, 1), (1, 1, 1))),
+    *(((5, 8, 1, 1, 1), (8, 1, 8, 8, 8)), ((4, 1), (1, 7)), ((4, 1, 3), (1, 1, 4))),
+]
+"""Shapes and strides, most of which other strides would describe as well. The first 7 can be combined."""
+UNARY = "neg exp gelu silu sigmoid tanh relu hardswish elu softplus leaky_relu mish log_sigmoid isnan clone"
+BINARY = "add sub mul div eq maximum pow atan2 sigmoid_backward silu_backward gelu_backward hardswish_backward"
+
+
+def pointwise():
+    """Many operations on maps of 1 x 1, and some operations on all layouts."""
+    tensors = [torch.ones(240).as_strided(*layout) for layout in LAYOUTS]
+    x, y = tensors[:2]
+    results = [getattr(aten, name)(x) for name in UNARY.split()]
+    results += [getattr(aten, name)(x, y) for name in BINARY.split()]
+    results += [1 - x, x > 0, x**2, x.clamp(min=0), x.lerp(y, 0.5), x.masked_fill(x > 0, 1), torch.addcmul(x, x, y)]
+    results += [operation for x in tensors for operation in (-x, 2 * x)]
+    for x, y in itertools.product(tensors[:7], tensors[:3]):
+        results += [x + y, aten.threshold_backward(x, y, 0), aten.leaky_relu_backward(x, y, 0.1, False)]
+    return results
+
+
 def described(results):
     return [
         (result.dtype, result.shape, result.stride(), result.untyped_storage().nbytes())
@@ -72,6 +97,7 @@ FIXED = {attention_in_float64: (2, 12)}
 @pytest.mark.parametrize(
     "run",
     [
+        pointwise,
         mixed_norm,
         batch_norm_without_input_gradient,
         layer_norm_of_a_permuted_input,

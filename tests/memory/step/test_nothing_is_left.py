@@ -246,7 +246,12 @@ KEPT = r"the code of `model` \(=Linear\) keeps a tensor of shape \(8, 8\), which
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # by PyTorch, where real and fake tensors meet
-def test_warns_of_a_tensor_kept_elsewhere():
+@pytest.mark.parametrize(
+    "call",
+    [predict, *[functools.partial(predict_distributed, num_devices=1, strategy=name) for name in ("ddp", "fsdp2")]],
+    ids=["predict", "ddp", "fsdp2"],
+)
+def test_warns_of_a_tensor_kept_elsewhere(call):
     @functools.lru_cache
     def mask(size):
         return torch.tril(torch.ones(size, size))
@@ -258,14 +263,14 @@ def test_warns_of_a_tensor_kept_elsewhere():
     Masked.__name__ = "Linear"
     model, x = Masked(16, 16), torch.randn(8, 16)
     with pytest.warns(UserWarning, match=KEPT):
-        predict(model, x)
+        call(model, x)
     with pytest.raises(
         PredictionError, match=r"the output of `model` \(=Linear\) has no values.* clear the global var"
     ):
         measure(model, x)
     mask.cache_clear()
     assert trains(model, x)
-    predict(model, x)  # Now the cache has a real tensor.
+    call(model, x)  # Now the cache has a real tensor.
     assert trains(model, x)
 
 

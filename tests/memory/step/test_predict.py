@@ -84,6 +84,17 @@ def test_predicts_fixed_point_couplings(name):
     assert assert_predicted(model, images, optimizer=SGD).held_bytes == held_bytes
 
 
+def test_predicts_small_streams_of_another_dtype_than_the_residuals():
+    block = ReversibleBlock(nn.Identity(), nn.Identity(), coupling=FixedPoint(is_wide=True))
+    assert_predicted(ReversibleSequential(block), torch.randn(3, 8, requires_grad=True))
+
+
+def test_predicts_convolutions_of_single_pixels():
+    """The strides of a map of 1 x 1 decide which kernel the convolution runs."""
+    layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1)
+    assert_predicted(nn.Sequential(*layers), torch.randn(5, 3, 4, 4).contiguous(memory_format=torch.channels_last))
+
+
 class Attends(nn.MultiheadAttention):
     def forward(self, x):
         return super().forward(x, x, x, need_weights=False)[0]

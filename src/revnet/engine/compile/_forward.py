@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revnet._torch_internals import autograd_in_operators
 from revnet.engine._random import get_random_state, same_random_state
-from revnet.engine._range import check_magnitude
+from revnet.engine._range import check_magnitude, is_bound_by_range
 from revnet.engine._tensors import version_of
 from revnet.engine.compile._flow import first_step, has_compiled_part, leaves_of_result, lost_gradient, reached
 from revnet.engine.compile._kept import devices_of, keep, pack
@@ -50,7 +50,7 @@ class ForwardPass:
         x1 = self._inputs[0]
         for index, step in enumerate(self._program.steps):
             residual = self._residual(index, step)
-            self._join(step, residual)
+            self._join(index, step, residual)
             del residual  # Frees its memory for the next function.
         # An operator must not return its inputs, so a stream that no step updates is left out.
         y1, y2 = (self._streams[number] if number in self._program.targets else x1.new_empty(0) for number in (0, 1))
@@ -100,7 +100,7 @@ class ForwardPass:
         if unknown is not None and not has_compiled_part(residual):
             raise lost_gradient(step.name, unknown, source, list(leaves.values()))
 
-    def _join(self, step: Step, residual: Tensor) -> None:
+    def _join(self, index: int, step: Step, residual: Tensor) -> None:
         """Update the target stream with a residual."""
         # The coupling of a custom class may draw in some calls only, so that the probe did not see it.
         random_states = [] if step.coupling.is_linear else [get_random_state(device) for device in self._devices]
@@ -109,9 +109,12 @@ class ForwardPass:
             log_det = self._program.log_det(step, self._streams[step.target], residual)
             if log_det is not None:
                 self._log_det = self._log_det + log_det
+            half_block = self._program.half_block(step)
+            if self._first < index < NUM_STREAMS and is_bound_by_range(half_block):  # It will be rebuilt.
+                check_magnitude(half_block, self._streams[step.target])
             y = step.coupling.forward(self._streams[step.target], residual, step.name)
             self._streams[step.target] = y
-            check_magnitude(self._program.half_block(step), y)
+            check_magnitude(half_block, y)
         if random_states and self._has_drawn(random_states):
             raise drawing_coupling(step.name)
 

@@ -19,6 +19,7 @@ from revnet.memory.distributed._process_step import ProcessStep
 from revnet.memory.distributed._splice import NotPeriodicError
 from revnet.memory.distributed._summary import communication_of, device_memory
 from revnet.memory.planning._training_step import TrainingStep
+from revnet.memory.step._kept_fakes import checking_for_kept
 from revnet.memory.step._optimizer import OptimizerFactory, as_factory
 from revnet.memory.step._run_step import Loss, check_step
 
@@ -58,7 +59,7 @@ def predict_distributed(
 
     Args:
         model: Any module, in the mode (training or evaluation) to predict. It may be on the meta device. It is not
-            changed.
+            changed. A warning says if its code keeps a tensor elsewhere, as `predict` explains.
         inputs: Arguments of the model for the whole batch, which the devices divide: real tensors, or tensors on the
             meta device. Tensors whose first dimension is the size of the batch are divided.
         num_devices: Number of devices, from 1 to 1,024.
@@ -89,16 +90,23 @@ def predict_distributed(
     check_count("rank", rank, least=0, most=num_devices - 1)
     factory = _checked_factory(optimizer)
     step = TrainingStep(model, inputs, dict(kwargs or {}), factory, loss, autocast, device="cpu")
-    program = ProcessProgram(model, step.args, step.kwargs, factory, loss, autocast, num_devices, rank)
-    if strategy == "pipeline":
-        return _pipeline(program, step.num_samples, num_microbatches)
-    if num_microbatches is not None:
-        raise ValueError(
-            f"`num_microbatches` (={describe(num_microbatches)}) is for strategy='pipeline'; leave it out for "
-            f"{strategy!r}."
-        )
-    part = step.with_batch_size(_share(step.num_samples, num_devices))
-    program = replace(program, args=part.args, kwargs=part.kwargs)
+    with checking_for_kept(model) as kept:
+        program = ProcessProgram(model, step.args, step.kwargs, factory, loss, autocast, num_devices, rank, kept)
+        if strategy == "pipeline":
+            return _pipeline(program, step.num_samples, num_microbatches)
+        if num_microbatches is not None:
+            raise ValueError(
+                f"`num_microbatches` (={describe(num_microbatches)}) is for strategy='pipeline'; leave it out for "
+                f"{strategy!r}."
+            )
+        part = step.with_batch_size(_share(step.num_samples, num_devices))
+        program = replace(program, args=part.args, kwargs=part.kwargs)
+        return _data_parallel(program, strategy, shard_unit, reshard_after_forward)
+
+
+def _data_parallel(
+    program: ProcessProgram, strategy: Strategy, shard_unit: ShardUnit, reshard_after_forward: bool
+) -> DistributedMemory:
     is_extrapolated = False
     if strategy == "ddp":
         process = predict_replicated(program)
@@ -106,7 +114,7 @@ def predict_distributed(
         process, is_extrapolated = _sharded(program, shard_unit, reshard_after_forward)
     return DistributedMemory(
         strategy=strategy,
-        num_devices=num_devices,
+        num_devices=program.num_processes,
         devices=(device_memory(process, "each device"),),
         communication=communication_of(process),
         model_bytes=process.whole_parameter_bytes,

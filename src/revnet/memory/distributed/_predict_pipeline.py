@@ -143,7 +143,7 @@ class _PipelinePrediction:
         parameters = list(stage.parameters())
         incoming = None if is_first else self._header_after(blocks[0] - 1)
         outgoing = None if is_last else self._header_after(blocks[-1])
-        with counting() as log:
+        with counting(self._program) as log:
             self._log = log
             optimizer = None if factory is None or not parameters else make_optimizer(factory, parameters)
             step = StageStep(

@@ -3,7 +3,7 @@
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from revnet.memory.distributed._replica import Replica
 from revnet.memory.distributed._splice import extrapolated
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
+from revnet.memory.step._kept_fakes import KeptFakes
 from revnet.memory.step._optimizer import AnyValue, OptimizerFactory, make_optimizer
 from revnet.memory.step._predict import describe_inputs, first_line, input_hint, quiet, values_needed
 from revnet.memory.step._run_step import Loss, check_losses, losses_of, objects_in, tensors_in
@@ -45,6 +46,8 @@ class ProcessProgram:
     autocast: torch.dtype | None
     num_processes: int
     rank: int
+    kept: KeptFakes
+    """Watches the tensors that remain after a step."""
 
     @property
     def others(self) -> list[Any]:
@@ -57,9 +60,16 @@ def predict_replicated(program: ProcessProgram) -> ProcessStep:
     faker = TensorFaker(torch.device("cpu"), None)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = fake_tensors_in(program.model, faker, values=program.others)
-    with predicting(program), _processes(program), fakes, tensors, counting() as log:
+    with (
+        predicting(program),
+        _processes(program),
+        fakes,
+        tensors,
+        counting(program) as log,
+        closing(Replica(program.model)) as replica,
+    ):
         # The first step finds the order of the gradients, and the second forms the buckets.
-        return _run(program, log, Replica(program.model), faker, num_warm_up=2)
+        return _run(program, log, replica, faker, num_warm_up=2)
 
 
 def predict_sharded(program: ProcessProgram, shard: Callable[..., object], runs: Sequence[EqualBlocks]) -> ProcessStep:
@@ -80,7 +90,7 @@ def predict_sharded(program: ProcessProgram, shard: Callable[..., object], runs:
             # Outside the fake mode, because `fully_shard` makes a tensor for each parameter and process.
             shard(model, mesh=init_device_mesh("cpu", (program.num_processes,)))
             faker = TensorFaker(torch.device("cpu"), None)
-            with FakeTensorMode(allow_non_fake_inputs=True), counting() as log:
+            with FakeTensorMode(allow_non_fake_inputs=True), counting(program) as log:
                 model.to_empty(device="cpu")
                 # The list holds the model, whose tensors that are not registered are still on the meta device.
                 with fake_tensors_in(None, faker, values=(*program.others, [model])):
@@ -129,10 +139,11 @@ def passes_of(
 
 
 @contextmanager
-def counting() -> Iterator[ProcessLog]:
+def counting(program: ProcessProgram) -> Iterator[ProcessLog]:
     """Count the operations on fake tensors of the CPU."""
     with unseen_sharding_trials(), CpuKernels(), ProcessLog() as log:
         yield log
+    program.kept.add(log.alive())
 
 
 @contextmanager

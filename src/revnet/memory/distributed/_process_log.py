@@ -65,6 +65,11 @@ class ProcessLog(TorchDispatchMode):
         """Note that a tensor is sent or received."""
         self.transferred.add(self.index_of(tensor))
 
+    def alive(self) -> list[torch.UntypedStorage]:
+        """Return the storages of fake tensors that are still alive."""
+        storages = [reference() for reference in self._alive.values()]
+        return [storage for storage in storages if storage is not None and storage.device.type == "meta"]
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Count no storages of the operations inside, until other operations use them."""

@@ -32,9 +32,16 @@ class Replica(nn.Module):
         self._bucket_of: dict[int, int] = {}
         self._num_missing: list[int] = []
         self._ready: list[nn.Parameter] = []
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._note_gradient)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._note_gradient)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks, which would keep the replica and its parameters alive."""
+        for hook in self._hooks:
+            hook.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Broadcast the buffers and run the model. The second call forms the buckets."""

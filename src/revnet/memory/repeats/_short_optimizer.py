@@ -25,6 +25,7 @@ from revnet.memory.step._optimizer import (
 from revnet.memory.step._recorder import Recorder
 from revnet.memory.step._run_step import tensors_in
 from revnet.memory.step._step_log import Integers, live_bytes
+from revnet.memory.step._storage_watch import StorageWatch
 
 
 def short_optimizer_cost(
@@ -126,7 +127,8 @@ class _Step:
         }
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        recorder = _ParameterRecorder([*every, *gradients, *state], device_type, position_of)
+        storages = StorageWatch([*every, *gradients, *state], device_type)
+        recorder = _ParameterRecorder(storages, position_of)
         with recorder:
             recorder.end_forward()
             optimizer.step()
@@ -164,8 +166,8 @@ class _Step:
 class _ParameterRecorder(Recorder):
     """Records which parameter each event belongs to: the one whose tensors the operation has, or the one before."""
 
-    def __init__(self, ignore: Sequence[Tensor], device_type: str, position_of: Mapping[int, int]):
-        super().__init__(ignore, device_type)
+    def __init__(self, storages: StorageWatch, position_of: Mapping[int, int]):
+        super().__init__(storages)
         self._position_of = position_of
         self.position = 0
         self.positions: list[int] = [0]  # of the mark at the beginning

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from revnet._torch_internals import active_fake_mode
+from revnet.memory.step._iterator_strides import is_iterated, strides_of_result
 from revnet.memory.step._shape_cache import ShapeCache
 
 _aten = torch.ops.aten
@@ -15,6 +17,7 @@ _LOSSES = {
     _aten.soft_margin_loss.default,
 }
 _BAGS = {_aten._embedding_bag.default, _aten._embedding_bag_forward_only.default}
+_CONTIGUOUS = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor, _aten.log_sigmoid_forward.default}
 _NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default}
 
 _SHAPES = ShapeCache()
@@ -26,6 +29,8 @@ class CpuKernels(TorchDispatchMode):
     Enter it after the fake mode. On a release that needs fewer corrections, the others change nothing, and
     `tests/memory/step/test_cpu_kernels.py` fails to say which to delete once older releases are dropped.
 
+    * The results of pointwise operations have the strides that the kernels choose.
+    * The results of `masked_fill` and `logsigmoid` are contiguous.
     * The statistics of a norm are float32 if its input has a lower precision and any parameter is float32.
     * Batch norm computes no gradient of its input if none is requested.
     * The gradient of group norm has the data type of the input.
@@ -48,7 +53,13 @@ class CpuKernels(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
-        if func in _NORMS:
+        if is_iterated(func):
+            if all(map(_is_dense, (result, *args))):
+                return _with_strides(result, strides_of_result(func, args, result.shape))
+        elif func in _CONTIGUOUS:
+            if all(map(_is_dense, args)):
+                return tree_map_only(Tensor, _with_strides, result)
+        elif func in _NORMS:
             if _is_cpu(args[0]) and _is_mixed(args):
                 return result[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in result[1:])
         elif func in _LOSSES:
@@ -78,6 +89,13 @@ class CpuKernels(TorchDispatchMode):
         return result
 
 
+def _with_strides(result: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """Return the result with these strides; None for contiguous ones."""
+    if strides is None:
+        strides = torch.empty(result.shape, device="meta").stride()
+    return result if result.stride() == strides else result.new_empty_strided(result.shape, strides)
+
+
 def _in_memory_of(result: Tensor, numel: int) -> Tensor:
     """Return the result in the memory of `numel` elements, if it needs less."""
     if result.numel() >= numel:
@@ -87,6 +105,11 @@ def _in_memory_of(result: Tensor, numel: int) -> Tensor:
 
 def _is_cpu(tensor: Tensor) -> bool:
     return tensor.device.type in ("cpu", "meta")
+
+
+def _is_dense(value: Any) -> bool:
+    """Return whether a value is a number or a dense tensor on the CPU."""
+    return not isinstance(value, Tensor) or (_is_cpu(value) and value.layout is torch.strided)
 
 
 def _is_mixed(args: Any) -> bool:

@@ -3,11 +3,13 @@
 import gc
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from revnet._torch_internals import FakeTensor
+from revnet._torch_internals import FakeTensor, active_fake_mode
 
 
 class KeptFakes:
@@ -48,3 +50,13 @@ class KeptFakes:
 
     def _is_alive(self, address: int) -> bool:
         return address in self._storages and self._storages[address]() is not None
+
+
+@contextmanager
+def checking_for_kept(model: nn.Module) -> Iterator[KeptFakes]:
+    """Warn if anything keeps a fake tensor after the context. Not after an exception, whose traceback keeps them."""
+    kept = KeptFakes()
+    outer_mode = active_fake_mode()
+    yield kept
+    if outer_mode is None:  # Under a fake mode of the user, they may be wanted.
+        kept.warn(type(model).__name__)

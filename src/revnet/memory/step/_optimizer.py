@@ -17,6 +17,7 @@ from revnet._torch_internals import DataDependentOutputException, FakeTensorMode
 from revnet.memory.step._recorder import Recorder
 from revnet.memory.step._run_step import tensors_in
 from revnet.memory.step._step_log import Integers
+from revnet.memory.step._storage_watch import StorageWatch
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Function from parameters to an optimizer: `torch.optim.AdamW`, `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`."""
@@ -112,7 +113,7 @@ def optimizer_cost(
         check_not_sparse(factory, [optimizer.state.get(fake) for fake in fakes], gradients)
         state = [tensor for tensor in tensors_in(list(optimizer.state.values())) if tensor.device.type == device_type]
         dense = [fake.grad for fake in fakes if fake.grad is not None and fake.grad.layout is torch.strided]
-        recorder = Recorder([*fakes, *dense, *state], device_type)
+        recorder = Recorder(StorageWatch([*fakes, *dense, *state], device_type))
         with recorder:
             recorder.end_forward()
             optimizer.step()

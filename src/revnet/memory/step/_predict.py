@@ -26,7 +26,7 @@ from revnet.memory.repeats._short_optimizer import short_optimizer_cost
 from revnet.memory.repeats._short_step import ShortSteps, find_short_steps
 from revnet.memory.step._backward_optimizer import BackwardOptimizer, check_step_in_backward
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
-from revnet.memory.step._kept_fakes import KeptFakes
+from revnet.memory.step._kept_fakes import KeptFakes, checking_for_kept
 from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
 from revnet.memory.step._recorder import Recorder
 from revnet.memory.step._run_step import Loss, StepResult, check_step, device_of, objects_in, run_step, tensors_in
@@ -125,7 +125,8 @@ def predicting(
     if target is None:
         _checked_device("model", device_of(model, inputs, kwargs))
     faker = TensorFaker(target, dtype)
-    with _checking_for_kept(model, faker) as kept, ExitStack() as stack:
+    with checking_for_kept(model) as kept, ExitStack() as stack:
+        stack.callback(lambda: kept.add(faker.release()))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(active_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True))
         if torch.get_default_device().type == "meta":
@@ -148,17 +149,6 @@ def predicting(
         stack.enter_context(fake_tensors_in(model, faker, blocks.left_out, [loss, *objects_in(inputs, kwargs)]))
         prediction.start()
         yield prediction
-
-
-@contextmanager
-def _checking_for_kept(model: nn.Module, faker: TensorFaker) -> Iterator[KeptFakes]:
-    """Warn if anything keeps a fake tensor after the context. Not after an exception, whose traceback keeps them."""
-    kept = KeptFakes()
-    outer_mode = active_fake_mode()
-    yield kept
-    kept.add(faker.release())
-    if outer_mode is None:  # Under a fake mode of the user, they may be wanted.
-        kept.warn(type(model).__name__)
 
 
 class _BlocksToFake:

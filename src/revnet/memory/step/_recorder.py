@@ -1,6 +1,6 @@
 """Record the storages and operations of a training step without disturbing it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,19 +53,12 @@ class Recorder(TorchDispatchMode):
     While `counts_costs` is false, it records storages, and neither arithmetic nor movement of bytes.
 
     Args:
-        ignore: Tensors that are alive during the whole step, whose storages do not count.
-        device_type: Type of the device on which storages count, such as "cpu"; storages elsewhere take no memory there.
-        kept: Called at the end with the storages that are still alive.
+        storages: Counts the storages, and is closed at the end.
     """
 
-    def __init__(
-        self,
-        ignore: Iterable[Tensor],
-        device_type: str,
-        kept: Callable[[list[torch.UntypedStorage]], None] | None = None,
-    ):
+    def __init__(self, storages: StorageWatch):
         super().__init__()
-        self._storages = StorageWatch(ignore, device_type, kept)
+        self._storages = storages
         self._operations = _Operations()
         self._gradient_since: dict[int, int] = {}
         self._copies: set[int] = set()

@@ -17,6 +17,7 @@ from revnet.errors import PredictionError
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._recorder import Recorder
 from revnet.memory.step._step_log import StepLog
+from revnet.memory.step._storage_watch import StorageWatch
 
 Loss = Callable[[Any], Tensor]
 """Function from a model's output to a scalar."""
@@ -83,7 +84,7 @@ def run_step(
     device_type = device_of(model, args, kwargs).type
     parameters, buffers = list(model.parameters()), list(model.buffers())
     inputs = tensors_in(args, kwargs)
-    recorder = Recorder([*parameters, *buffers, *inputs, *state], device_type, kept)
+    recorder = Recorder(StorageWatch([*parameters, *buffers, *inputs, *state], device_type, kept))
     constants = Constants(*bytes_by_group([parameters, buffers, inputs], device_type))
     torch.clear_autocast_cache()  # casts cached by earlier code would not be counted
     is_real = device_type != "meta" and active_fake_mode() is None

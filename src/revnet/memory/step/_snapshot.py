@@ -12,12 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 _CONTAINERS = (OrderedDict, dict, list, deque, set)
+_PLAIN = set(_CONTAINERS)
 _MOST_VALUES = 200_000
 """Number of values after which objects inside objects are not looked at, as in a module that refers to a data set."""
 _SEALED = (Tensor, type, types.ModuleType, types.FunctionType, Enum)
 _OPEN = {"collections", "types", "functools", "weakref"}
 """Modules of the standard library whose objects may hold tensors of the user."""
 _CLOSED = {"torch", "numpy"} | sys.stdlib_module_names
+_CLOSED_CLASSES = _CLOSED | {"revnet"}
+"""Packages whose classes keep no tensors as attributes of a class."""
 _UNSET = object()
 
 
@@ -39,6 +42,9 @@ class Snapshot:
         self._saved: list[tuple[_Holder, list[Any]]] = []
         self._seen = {*map(id, modules), *map(id, without)}
         self._types: dict[type, _TypeInfo | None] = {}
+        self._classes: set[type] = set()
+        self._empty: list[Any] = []
+        """Most containers are empty, such as a module's eight dicts of hooks. Noting that takes less time."""
         self._waiting: deque[Any] = deque()
         for module in modules:
             # First, and whatever the number of values, because fakes replace these.
@@ -65,6 +71,9 @@ class Snapshot:
         for holder, content in self._saved:
             if not _are_same(holder.read(), content):
                 holder.write(content)
+        for container in self._empty:
+            if container:
+                container.clear()
 
     def _save(self, holder: "_Holder") -> None:
         content = holder.read()
@@ -76,7 +85,9 @@ class Snapshot:
         for value in values:
             kind = type(value)
             info = self._types[kind] if kind in self._types else self._learn(kind)
-            if info is not None and id(value) not in self._seen:
+            if kind in _PLAIN and not value:
+                self._empty.append(value)
+            elif info is not None and id(value) not in self._seen:
                 self._seen.add(id(value))
                 self._waiting.append(value)
 
@@ -102,8 +113,11 @@ class Snapshot:
 
     def _save_class(self, kind: type) -> None:
         """Save the attributes of a class and its bases, such as a cache that all its instances share."""
+        if kind in self._classes:
+            return
+        self._classes.add(kind)
         for base in kind.__mro__:
-            if id(base) not in self._seen and _root(base) not in _CLOSED | {"revnet"}:
+            if id(base) not in self._seen and _root(base) not in _CLOSED_CLASSES:
                 self._seen.add(id(base))
                 self._save(_Class(base))
 

@@ -13,8 +13,8 @@ class StorageWatch:
     """The storages of a step, numbered in the order in which they are created. It keeps none of them alive.
 
     Args:
-        ignore: Tensors whose storages do not count.
-        device_type: Type of the device on which storages count, such as "cpu".
+        ignore: Tensors that are alive during the whole step, whose storages do not count.
+        device_type: Type of the device on which storages count, such as "cpu"; storages elsewhere take no memory there.
         kept: Called at the end with the storages that are still alive.
     """
 
