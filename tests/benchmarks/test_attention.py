@@ -23,6 +23,7 @@ def run(tmp_path, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_growth_of_arithmetic(run):
     page, rows = run("--cost", "--lengths", "512,1024", "--num-rounds", "1")
     flops = {(row["attention"], row["length"]): int(row["flops"]) for row in rows}

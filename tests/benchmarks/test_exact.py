@@ -41,6 +41,7 @@ def test_exactness(run):
     assert "| conv | 32-true | 3 | 12 of 12 | 80 of 80 | 3 of 3 | 76 of 76 |" in page
 
 
+@pytest.mark.slow
 def test_depths(run):
     page, rows = run("--depths", "4,16", "--num-steps", "4")
     assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]

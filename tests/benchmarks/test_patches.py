@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 
 
+@pytest.mark.slow
 def test_writes_a_table(tmp_path, monkeypatch, capsys):
     patches = import_module("patches")
     monkeypatch.setattr(patches, "SMALL", {**patches.SMALL, "widths": (4, 8)})

@@ -55,6 +55,7 @@ def test_python_m_revnet_is_the_command_line():
     assert subprocess.run(command, capture_output=True, text=True).stdout == f"{package.__version__}\n"
 
 
+@pytest.mark.slow
 def test_matplotlib_does_not_warn_without_a_writable_home(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name[:3] not in ("MPL", "XDG")}
     environment |= {"HOME": "/proc/nothing", "TMPDIR": str(tmp_path)}

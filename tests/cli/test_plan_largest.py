@@ -96,6 +96,7 @@ def test_largest_patch(revnet):
     assert f"--input-shape '[1,{side},{side},{side}]' --optimizer none" in output
 
 
+@pytest.mark.slow  # tests/memory/planning/test_max_patch_size.py has them, too
 def test_multiple_and_dims(revnet):
     shape = ["--input-shape", "[1,4,8,8]", "--dims", "[3,4]", "--multiple", "8"]
     output = revnet("plan", *UNET, *shape, "--budget", "5MiB")[1]
@@ -112,6 +113,7 @@ def test_largest_image_of_a_model_without_units(revnet):
     assert output.endswith(f"\n\nto see where the bytes are  {command}")
 
 
+@pytest.mark.slow
 def test_model_of_two_inputs(revnet):
     pytest.importorskip("matplotlib")
     code, output, errors = revnet("memory", *TWO, "--measure")

@@ -44,6 +44,7 @@ def test_plan_chooses_chunks(revnet):
     assert 'chunked_loss="auto").apply(model)' in output
 
 
+@pytest.mark.slow  # tests/memory/planning/test_chunked_loss.py has it, too
 def test_largest_batch(revnet):
     model = "step_loss_networks:language_model"
     code, output, _ = revnet("plan", model, *TOKENS, "--loss", "chunked", "--budget", "600KiB", "--largest", "batch")

@@ -222,7 +222,7 @@ def start(*arguments, **options):
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGKILL,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),  # tests/training/test_kills.py sends more of them
         # Within one process, tests/training/test_run.py sends these two.
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),

@@ -658,6 +658,7 @@ def peak_bytes(module, x):
 
 
 # PyTorch 2.11 warns when a profiler ends.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle")
 def test_memory_is_flat_in_depth():
     """For each block, a compiled graph adds the gradients that it returns, and no activation."""

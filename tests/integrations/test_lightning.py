@@ -166,6 +166,7 @@ def test_predicted_peak_is_the_peak_of_an_update(options):
     assert callback.planned_peak_bytes == callback.plan.peak_bytes <= callback.plan.budget_bytes
 
 
+@pytest.mark.slow
 def test_peak_is_a_bound_with_accumulation():
     callback, watch, module = MemoryBudget("330KiB"), Watch(), make()
     fit(module, callback, watch, accumulate_grad_batches=2, num_epochs=2)

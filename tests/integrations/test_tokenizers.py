@@ -124,7 +124,7 @@ def test_run_has_the_tokenizer_and_bits_per_byte(trained, text):
     assert model.usual_prompt == "\n"
 
 
-@pytest.mark.parametrize("source", ["bpe", "file"])
+@pytest.mark.parametrize("source", ["bpe", pytest.param("file", marks=pytest.mark.slow)])
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, text, trained, source):
     tokens = BPE if source == "bpe" else {"tokenizer": str(trained.folder / "tokenizer.json")}
     config = LanguageConfig(data=text, **SMALL, **tokens)

@@ -75,7 +75,7 @@ CASES = {
     "replicated, tokens": Case(make_transformer, "ddp", shape=(16,)),
 }
 
-FEW = ["reverse", "store", "functions", "kept whole", "batch norm", "replicated", "replicated, batch norm"]
+FEW = ["reverse", "functions", "batch norm", "replicated"]
 """The cases that are always tested."""
 
 

@@ -57,6 +57,7 @@ def assert_extrapolated(monkeypatch, *arguments, **options):
     assert memory.model_bytes == direct.model_bytes
 
 
+@pytest.mark.slow
 def test_figures_of_a_deep_model_follow_from_shallow_ones(monkeypatch):
     assert_extrapolated(monkeypatch, network(14))
 

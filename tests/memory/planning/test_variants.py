@@ -100,10 +100,11 @@ def test_costs_of_mixtures_of_variants(make_model, make_input):
             assert costs.time([0, *choices]) == pytest.approx(seconds, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_model", "width", "shape"),
     [
-        pytest.param(conv_model, 32, (16, 64, 32, 32), id="conv", marks=pytest.mark.slow),
+        pytest.param(conv_model, 32, (16, 64, 32, 32), id="conv"),
         pytest.param(transformer, 256, (4, 256, 512), id="transformer"),
     ],
 )

@@ -121,6 +121,7 @@ def test_dropout_of_everything_needs_no_mask(steps):
     assert not steps[0].is_refused
 
 
+@pytest.mark.slow
 def test_blocks_that_hold_and_keep_are_predicted_from_some(steps):
     """A held stream decides how far the walk overwrites a stream in place, however far away it is."""
     f, g, keep = Reverse(hold="f"), Reverse(hold="g"), Reverse(hold=("f", "g"), keep="f.linear.0")
