@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 
 
+@pytest.mark.slow
 def test_writes_page_and_tables(tmp_path, capsys, finished_run):
     (finished_run / "learning_curve.png").write_bytes(b"picture")
     import_module("wide").main([str(finished_run), "--out-dir", str(tmp_path), "--note", "It was paused."])

@@ -980,7 +980,11 @@ def test_layer_that_is_added_before_the_backward_pass_raises():
         loss.backward()
 
 
-@pytest.mark.parametrize("options", [{"fullgraph": True}, {"dynamic": True}], ids=["one-graph", "dynamic"])
+@pytest.mark.parametrize(
+    "options",
+    [{"fullgraph": True}, pytest.param({"dynamic": True}, marks=pytest.mark.slow)],
+    ids=["one-graph", "dynamic"],
+)
 def test_numbers_among_the_arguments(options):
     sequence = ReversibleSequential(ReversibleBlock(Scaled(), Scaled())).double()
     compiled = torch.compile(sequence, backend="aot_eager", **options)

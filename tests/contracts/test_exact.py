@@ -188,7 +188,8 @@ def test_inverse_is_exact():
         assert torch.equal(sequence.inverse(sequence(x)), x)
 
 
-@pytest.mark.parametrize("kind", ["conv", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
 def test_sixty_four_blocks_after_ten_steps(kind):
     """The final weights, bit for bit, and the memory of one block; benchmarks/exact.py takes a thousand blocks."""
     torch.manual_seed(0)

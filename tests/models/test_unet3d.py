@@ -228,6 +228,7 @@ def test_rejects_wrong_options(options, error, message):
         make(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_model_takes_volumes_of_several_sizes():
     torch._dynamo.reset()

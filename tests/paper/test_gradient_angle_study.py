@@ -68,6 +68,7 @@ def test_does_not_change_the_training(study, tmp_path):
     assert checkpoints[0]["callbacks"].keys() == checkpoints[1]["callbacks"].keys()  # so both can be resumed
 
 
+@pytest.mark.slow
 def test_exact_reversal_has_no_error_and_a_page_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exact = measure_gradient_angle(dataclasses.replace(CONFIG, exact=True), GradientAngle(5), quiet=True)

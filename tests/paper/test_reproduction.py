@@ -131,6 +131,7 @@ def test_continues_an_interrupted_table(tmp_path, monkeypatch):
     assert len(log) == 3, "a header and two epochs, the first from before the interruption"
 
 
+@pytest.mark.slow
 def test_restarts_a_run_without_a_finished_epoch(tmp_path, finished):
     folder = tmp_path / "revnet38_seed0"
     folder.mkdir()

@@ -172,13 +172,8 @@ class StopAfter(lightning.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param({"exact": True}, id="exact"),
-        pytest.param({"tolerance": 1e-6}, id="tolerance", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [{"exact": True}, {"tolerance": 1e-6}], ids=["exact", "tolerance"])
 def test_resumed_run_has_the_same_figures_and_weights(tmp_path, mode):
     config = {"epochs": 3, "batch_size": 400, "drift_every": 2, **mode}
     whole = train(TrainConfig(**config, out_dir=str(tmp_path / "whole")), quiet=True)

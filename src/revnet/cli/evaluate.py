@@ -1,11 +1,12 @@
 """`revnet evaluate`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from revnet.cli._step_flags import open_folder
 from revnet.cli._streams import print_while_writing
-from revnet.errors import MissingDependencyError
+from revnet.errors import CheckpointError, MissingDependencyError
 from revnet.training.settings.choices import OnCorrupt
 
 
@@ -54,7 +55,10 @@ def evaluate(
     from revnet.training.processes.world import is_printing
     from revnet.training.run.checkpoint import find_weights
 
-    folder = str(results_folder(find_weights(Path(checkpoint)))) if out_dir is None else out_dir
+    folder = out_dir
+    if folder is None:
+        with suppress(CheckpointError):  # `training.evaluate` raises it, after the errors of other arguments.
+            folder = str(results_folder(find_weights(Path(checkpoint))))
     result = training.evaluate(
         checkpoint,
         data,

@@ -294,6 +294,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
         assert predict(model, torch.empty(batch + 1, 3, 8, 8, device="meta"), optimizer=SGD).peak_bytes > budget
 
 
+@pytest.mark.slow
 def test_the_largest_batch_for_a_huge_budget():
     model, x = small_revnet(), torch.empty(3, 3, 8, 8, device="meta")
     batch = max_batch_size(model, x, budget=2**62)

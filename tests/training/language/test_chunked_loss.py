@@ -63,6 +63,7 @@ def test_stopped_run_resumes_bit_for_bit(text, tmp_path, monkeypatch, precision)
     assert_same_run(straight, resumed)
 
 
+@pytest.mark.slow  # the tests of `revnet plan` and of the planner choose chunks, too
 def test_plan_for_a_budget_chooses(text):
     """Of the settings that fit, a plan takes what it estimates to be fastest, which is whole logits if they fit."""
 
