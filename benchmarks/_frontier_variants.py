@@ -147,10 +147,6 @@ class SelectiveBlocks(Checkpointed):
         super().__init__(functions, 1, split_dim, store_last=False)
         self.options = options_of(calls)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Run the blocks."""
-        return super().forward(x, **self.options, **kwargs)
-
 
 def options_of(calls: Calls) -> dict[str, Any]:
     """Return the arguments of PyTorch's checkpoint with which it keeps the outputs of certain calls."""

@@ -7,6 +7,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+from revnet.bench._torch_methods import Loop
+from tests.helpers import ConvResidual
 
 SMALL = {"conv": (2, 32, 8, 8), "transformer": (1, 8, 256), "bottleneck": (2, 128, 4, 4)}
 
@@ -50,6 +54,19 @@ def run(tmp_path, capsys, monkeypatch):
             return page.read_text(), list(csv.DictReader(file))
 
     return run
+
+
+@pytest.mark.parametrize("kind", ["SelectiveBlocks", "CheckpointedFunctions"])
+def test_checkpoints_that_keep_outputs_compute_the_same(kind):
+    functions = [(ConvResidual(2), ConvResidual(2)) for _ in range(2)]
+    parameters = [parameter for pair in functions for function in pair for parameter in function.parameters()]
+    x, results = torch.randn(2, 4, 5, 5, requires_grad=True), []
+    checkpointed = getattr(import_module("_frontier_variants"), kind)(functions, 1, (("convolution", 0),))
+    for module in (checkpointed, Loop(functions, 1)):
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *parameters])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.slow
