@@ -171,6 +171,11 @@ def has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def is_autocast_on(device_type: str) -> bool:
+    """Return whether autocast is on for a type of device; false for types without it, for which PyTorch raises."""
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
 # FSDP -----------------------------------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ def _lists_of(model: nn.Module) -> str:
 
 
 def _num_rows(model: nn.Module) -> int:
-    """Return the number of rows of the smallest embedding, so that any of them can be read; 1 if there is none."""
+    """Return the number of rows of the smallest embedding, or 1 if the model has no embedding."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     return min([table.num_embeddings for table in tables], default=1)
 

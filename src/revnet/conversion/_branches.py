@@ -60,8 +60,8 @@ def make_branches(block: nn.Module, name: str, branches: Branches) -> tuple[Bran
 def check_branches(place: Place, x: Tensor, arguments: Given) -> None:
     """Raise if the branches do not compute what the block computes, on its first input of each kind.
 
-    Kinds differ in which modules are in training mode and in which arguments are given: dropout that the branches leave
-    out has no effect in evaluation mode, and a mask none if it is None.
+    Kinds differ in which modules are in training mode and in which arguments are given. Dropout that the branches leave
+    out, for example, shows only in training mode, and a mask only in calls that pass one.
 
     Raises:
         ValueError: They differ, or an argument reaches no branch.

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from revnet import coupling as couplings
 from revnet._checks import check_bool, describe, is_number
-from revnet.conversion._scheme import PARTS, Factors, Scheme, rounded, scaled_coupling, two_step
+from revnet.conversion._scheme import Factors, Scheme, rounded, scaled_coupling, two_step
 from revnet.coupling import FixedPoint
+from revnet.coupling._exact_factor import NUM_PARTS
 
 
 class AbstractMethod(abc.ABC):
@@ -78,7 +79,7 @@ class Dr2Net(AbstractMethod):
         beta = rounded(self.beta, self.fraction_bits)
         # Their sum decides how fast streams grow, so `alpha` takes what `beta` loses.
         alpha = self.alpha + (self.beta - beta)
-        if beta == 0 != self.beta and abs(alpha - 1) <= 0.5 / PARTS:
+        if beta == 0 != self.beta and abs(alpha - 1) <= 0.5 / NUM_PARTS:
             alpha = 1.0  # The original network, but for the rounding.
         return two_step((beta, 1.0, alpha), self.fraction_bits, self.is_wide, num_branches)
 

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from revnet.coupling import AbstractCoupling, ExactScaled, Scaled
+from revnet.coupling._exact_factor import NUM_PARTS
 
 Factors = tuple[float, float, float]
 """The factors `a`, `b` and `c` of a two-step scheme `x[n+1] = a x[n-1] + c x[n] + b h(x[n])`."""
-PARTS = 256
-"""An exact coupling rounds `a` to a multiple of `1 / PARTS`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Scheme:
 
 def rounded(a: float, fraction_bits: int | None) -> float:
     """Return the factor `a` that the couplings compute with, from which a method derives the other factors."""
-    return a if fraction_bits is None else round(a * PARTS) / PARTS
+    return a if fraction_bits is None else round(a * NUM_PARTS) / NUM_PARTS
 
 
 def two_step(factors: Factors, fraction_bits: int | None, is_wide: bool, num_branches: int | None) -> Scheme | Factors:

@@ -33,7 +33,7 @@ def on_trial(modules: Iterable[nn.Module], *, is_wide: bool) -> Iterator[None]:
         is_wide: Whether tensors of low precision are float32 inside.
     """
     with trial_lock:
-        # Those of `torch.jit` keep their state elsewhere, and are replaced as a whole in the modules that hold them.
+        # Modules of `torch.jit` keep their state elsewhere; copies of them stand in for them.
         found = [vars(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         before = [(attributes, dict(attributes)) for attributes in found]
         substitutes = Substitutes(is_wide=is_wide)

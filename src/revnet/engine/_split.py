@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import describe, describe_kind
-from revnet._torch_release import has_autocast
+from revnet._torch_release import is_autocast_on
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._tensors import is_dense
@@ -58,11 +58,7 @@ def dense(stream: Tensor) -> Tensor:
 
 def is_low_precision(x: Tensor) -> bool:
     """Return whether autocast made `x` so imprecise that it could hardly be rebuilt as a stream."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    # PyTorch has no autocast on the meta device, and raises when asked about it.
-    device_type = x.device.type
-    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    return x.dtype in (torch.bfloat16, torch.float16) and is_autocast_on(x.device.type)
 
 
 @overload

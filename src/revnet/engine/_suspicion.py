@@ -212,9 +212,9 @@ def _stream_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change:
 
 
 def _result_of_replay(watch: "AgreementWatch", run: "Rebuilder", index: int) -> Digest:
-    """Return a digest of what half-block `index` made of the rebuilt streams, apart from the error of its result.
+    """Return the digest of the stream after half-block `index` in the forward pass.
 
-    Undoing it took the result of the replay from the stream, so putting it back gives the stream of the forward pass.
+    A run that repeats the replay gives this stream again, up to the error that it was rebuilt with.
     """
     half_blocks = run.chain.chain.half_blocks
     target = half_blocks[index].target

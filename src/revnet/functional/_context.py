@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import forward_mode_level, in_functorch_transform
-from revnet._torch_release import has_autocast
+from revnet._torch_release import is_autocast_on
 
 
 def is_transformed() -> bool:
@@ -20,16 +20,15 @@ def is_transformed() -> bool:
 
 def autocast_now(device_type: str) -> AbstractContextManager[Any]:
     """Return a context that restores the current autocast state."""
-    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+    if not is_autocast_on(device_type):
         return nullcontext()
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the data type to which autocast converts `x`, or None if it is off or leaves `x` alone."""
-    device_type = x.device.type
-    if x.dtype is not torch.float64 and has_autocast(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
+    if x.dtype is not torch.float64 and is_autocast_on(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return None
 
 

@@ -16,7 +16,7 @@ from revnet._checks import (
     is_integer,
     is_number,
 )
-from revnet._torch_release import has_autocast
+from revnet._torch_release import is_autocast_on
 from revnet._units import counted
 
 
@@ -130,7 +130,7 @@ def _raise_input_error(model: nn.Module, x: Tensor, in_channels: int | None, nam
         raise error
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), x.dtype)
     # Autocast converts both to its own dtype, except for float64.
-    is_autocast = has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    is_autocast = is_autocast_on(x.device.type)
     if x.dtype != dtype and (not is_autocast or torch.float64 in (x.dtype, dtype)):
         conversion = _CONVERSIONS.get(dtype, f".to({dtype})")
         raise TypeError(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, check_choice, check_count
-from revnet._torch_release import has_autocast
+from revnet._torch_release import is_autocast_on
 from revnet._types import TensorPair
 from revnet.coupling import Additive
 from revnet.engine import Chain, HalfBlock
@@ -166,7 +166,7 @@ class RevNet(AbstractImageClassifier):
 
     def _enter(self, x: Tensor) -> TensorPair:
         # Under autocast the stem's map has low precision, which is too coarse to rebuild the streams.
-        return split(x.float() if _is_autocast(x.device.type) else x, dim=1)
+        return split(x.float() if is_autocast_on(x.device.type) else x, dim=1)
 
     def _join(self, y: TensorPair) -> Tensor:
         return torch.cat(y, dim=1)
@@ -176,11 +176,6 @@ class RevNet(AbstractImageClassifier):
 
     def _initialize(self, module: nn.Module) -> None:
         initialize(module)
-
-
-def _is_autocast(device_type: str) -> bool:
-    # PyTorch has no autocast for the meta device, and raises an error if asked whether it is enabled.
-    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _stage(
