@@ -83,6 +83,10 @@ profiler_is_on: Callable[[], bool] = torch.autograd._profiler_enabled  # type: i
 any_autocast_is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
+# The number of active modes of each kind, which may replace any operation. Replacement: search every call.
+num_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
 # Whether a hook is registered on all modules. A block that is not called would miss it. Registering such a hook is
 # public, but asking for one is not. Replacement: call every block, which is slower.
 has_global_module_hook = _has_any_global_hook

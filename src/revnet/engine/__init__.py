@@ -85,11 +85,11 @@ checks this. ::
 
 Rare cases have files of their own: streams that are held and outputs that are kept, by the arguments of `Reverse`
 (`_moves`, `_keep`), statistics of batch norms on large inputs (`_batch_norm`), random numbers and tensors from outside
-the function (`_careful`), state in buffers (`_states`), restoring state (`_restore`), retained graphs and keyframes
-(`_retained`), couplings other than the additive ones (`_step`), additional observers (`_observers`), a suspicious
-result (`_suspicion`), the parts of a stream, which one run in sixteen compares (`_parts`), and CUDA graphs, whose runs
-read nothing from the device (`_capture`). Copies to host memory are in `_offload`, and in `_transfers` if they overlap
-with computation.
+the function (`_careful`; functions of known modules have neither, see `_self_contained`), state in buffers (`_states`),
+restoring state (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the additive ones
+(`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), the parts of a stream, which one run
+in sixteen compares (`_parts`), and CUDA graphs, whose runs read nothing from the device (`_capture`). Copies to host
+memory are in `_offload`, and in `_transfers` if they overlap with computation.
 
 NOTE [ Rules ]
 
@@ -141,6 +141,7 @@ NOTE [ Where to add things ]
  - A coupling that keeps bits in addition to the stream: its step keeps them (`AbstractStep`).
  - Streams that come back from outside, as in a pipeline: `_recording`. `RecordedRun.take_back` gives a run its streams.
  - Something else to keep from the first run of a function for its replay: a keeper (`_keeper`).
+ - A class of modules whose functions need fewer checks: `self_contained`.
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 

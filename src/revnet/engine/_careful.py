@@ -139,8 +139,7 @@ def make_pack(call: "RecordedCall", saved: "Saved") -> Callable[[Tensor], int]:
 
     def pack(tensor: Tensor) -> int:
         if is_lasting(tensor):
-            saved.others.append(tensor)
-            saved.other_versions.append(version_of(tensor))
+            saved.others.append((tensor, version_of(tensor)))
             return -len(saved.others)
         versions.append(version_of(tensor))
         tensors.append(tensor)
@@ -174,6 +173,11 @@ def make_replay_pack(
         return tensor
 
     return pack
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """Return the tensor: the hook that unpacks what a replay has saved."""
+    return tensor
 
 
 for _maker in (make_pack, make_replay_pack, lasting_test):

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from revnet._torch_release import convert_in_replays, fsdp_modules_in, warn_if_untested
 from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, keeps_statistics, replayed_norms_of
 from revnet.engine._random import ONLY_CPU
+from revnet.engine._self_contained import hooks_of, is_self_contained
 from revnet.engine._tensors import flatten
 
 _device = attrgetter("device")
@@ -38,7 +39,7 @@ class Plan:
     get_flag: Callable[[Any], bool]
     training: list[bool]
     empty: list[Any]
-    """Dicts of parameters, buffers and children that are empty."""
+    """Dicts of parameters, buffers, children and, in a self-contained function, hooks that are empty."""
     values: list[Any]
     """Views of the values of the other dicts."""
     sizes: list[int]
@@ -63,35 +64,44 @@ class Plan:
     """Places of the buffers that it reads and does not write, as batch norm does in evaluation."""
     states: list[int]
     """Places of all other buffers."""
-    constants: set[int]
-    """Places of those on an accelerator that had the same values before and after the last call that compared them."""
     norms: list[ReplayedNorm]
     """Batch norms in training that can run without changing their statistics, which are not listed above."""
     sharded: list[Any]
     """Modules to which `fully_shard` was applied."""
+    is_self_contained: bool
+    """Whether the function computes from its input and from its own tensors alone; see `_self_contained`."""
     keeps_statistics: bool
     """Whether the statistics of these norms are kept for replays."""
-    num_calls: int
-    """Number of calls so far."""
-    data_writes: list[int]
-    """Places of the parameters that the function was observed to write through `.data`."""
     memory_of: Callable[[int], Any]
     """Function that returns the memory of the items of a tuple of all values, given its address; see `ITEMS`."""
-    known: tuple[bytes, set[int]]
+    constants: set[int] = field(default_factory=set)
+    """Places of the states on an accelerator that had the same values before and after the last call that compared
+    them.
+    """
+    num_calls: int = 0
+    """Number of calls so far."""
+    data_writes: list[int] = field(default_factory=list)
+    """Places of the parameters that the function was observed to write through `.data`."""
+    metas: list[Any] = field(default_factory=list)
+    """Shape, dtype and device of each tensor that a call saved. Those of a self-contained function are read only if their number or
+    the results change.
+    """
+    results: list[Any] = field(default_factory=list)
+    """Shape, dtype and device of each tensor that the last call returned."""
+    known: tuple[bytes, set[int]] = field(default_factory=lambda: (b"", set()))
     """Identities of all values in the dicts at the last call, and of the parameters and buffers among them.
 
     The plan holds the children. Another tensor may have taken the identity of a tensor that was freed; it is then at
     the same place, so the structure is the same.
     """
-    metas: list[Any]
-    """Shape, dtype and device of each tensor that the last call saved."""
-    results: list[Any]
-    """Shape, dtype and device of each tensor that the last call returned."""
-    norm_attributes: list[dict[str, Any]] = field(init=False)
-    """Attributes of the norms. If they contain `forward`, it was set after the plan was built."""
+    with_class_forward: list[dict[str, Any]] = field(init=False)
+    """Attributes of the modules that run the `forward` of their class: of norms, and of all in a self-contained
+    function. If they contain `forward`, it was set after the plan was built.
+    """
 
     def __post_init__(self) -> None:
-        self.norm_attributes = [norm.attributes for norm in self.norms]
+        are_known = self.modules if self.is_self_contained else [norm.norm for norm in self.norms]
+        self.with_class_forward = [module.__dict__ for module in are_known]
 
     def fit(self, held: tuple[Any, ...], ids: bytes) -> set[int] | None:
         """Return the identities of the parameters and buffers if they fit the structure; otherwise None.
@@ -129,9 +139,8 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
     warn_if_untested()
     modules = list(function.modules())
     convert_in_replays(modules)
-    by_kind: list[list[Any]] = [
-        [getattr(module, name) for module in modules] for name in ("_parameters", "_buffers", "_modules")
-    ]
+    kind_names = ("_parameters", "_buffers", "_modules")
+    by_kind: list[list[Any]] = [[getattr(module, kind) for module in modules] for kind in kind_names]
     dicts = [*flatten(by_kind)]
     _refuse_jit(dicts, name)
     # Flags are read at each call, fastest from a dict, in C. But a module may define `training` as a property.
@@ -147,6 +156,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
     statistics, fixed, states = _kinds_of_buffers(modules, set(norms))
     values = [holder.values() for holder in dicts if len(holder)]
     held = tuple(flatten(values))
+    hooks = flatten(map(hooks_of, modules)) if (is_closed := is_self_contained(modules)) else ()
     kinds = [kind for kind, holders in enumerate(by_kind) for holder in holders for _ in holder]
     pick = [
         _picker([place for place, value in enumerate(held) if kinds[place] == kind and value is not None])
@@ -157,7 +167,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
         flag_holders=flag_holders,
         get_flag=get_flag,
         training=list(map(get_flag, flag_holders)),
-        empty=[holder for holder in dicts if not len(holder)],
+        empty=[holder for holder in (*dicts, *hooks) if not len(holder)],
         values=values,
         sizes=list(map(len, values)),
         types=list(map(type, held)),
@@ -172,16 +182,11 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
         statistics=statistics,
         fixed=fixed,
         states=states,
-        constants=set(),
         norms=list(norms.values()),
         sharded=fsdp_modules_in(modules),
+        is_self_contained=is_closed,
         keeps_statistics=keeps_statistics(function, list(norms.values())),
-        num_calls=0,
-        data_writes=[],
         memory_of=(ctypes.c_char * (ctypes.sizeof(ctypes.c_void_p) * len(held))).from_address,
-        known=(b"", set()),
-        metas=[],
-        results=[],
     )
     lasting = plan.fit(held, plan.memory_of(id(held) + ITEMS).raw)
     assert lasting is not None

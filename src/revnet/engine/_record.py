@@ -19,6 +19,8 @@ from revnet._torch_internals import (
     any_autocast_is_on,
     never_compile,
     next_sequence_number,
+    num_dispatch_modes,
+    num_function_modes,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     sequence_number_of,
@@ -49,7 +51,7 @@ class Saved:
 
     __slots__ = (
         *("__weakref__", "bases", "constants", "filler", "index", "is_plain", "kept", "lasting", "nodes"),
-        *("other_versions", "others", "tensors", "versions", "was_read"),
+        *("others", "tensors", "versions", "was_read"),
     )
 
     def __init__(self, filler: SlotFiller, index: int, lasting: set[int]):
@@ -60,9 +62,8 @@ class Saved:
         """Tensors that the saved ones are views of, until the function returns."""
         self.nodes: list[int] = []
         """Number of the operation that saved each tensor, if it is recorded."""
-        self.others: list[Tensor] = []
-        """Tensors that outlive the call, and views of them; their slots count down from -1."""
-        self.other_versions: list[int] = []
+        self.others: list[tuple[Tensor, int]] = []
+        """Tensors that outlive the call, and views of them, with their versions; their slots count down from -1."""
         self.constants: dict[int, tuple[Tensor, int]] | None = None
         """Tensors from outside the function, which are kept and never rebuilt, by the number of their slot."""
         self.is_plain = False
@@ -76,9 +77,8 @@ class Saved:
         """Return the slot of a tensor that autograd saves in a first run."""
         lasting = self.lasting  # A miss is harmless: a tensor not known to last is rebuilt.
         if id(tensor) in lasting or ((base := tensor._base) is not None and id(base) in lasting):
-            self.others.append(tensor)
-            self.other_versions.append(tensor._version)
-            return -len(self.others)
+            (others := self.others).append((tensor, tensor._version))
+            return -len(others)
         if base is not None:
             self.bases.append(base)
         self.versions.append(tensor._version)  # type: ignore[union-attr]
@@ -95,7 +95,7 @@ class Saved:
     def unpack(self, number: int) -> Any:
         """Return the tensor of a slot, or a tensor that outlives the call, with autograd's check of the version."""
         if number < 0:
-            tensor, version = self.others[~number], self.other_versions[~number]
+            tensor, version = self.others[~number]
             if tensor._version != version:
                 raise _careful.modified("a parameter, buffer or argument of a residual function", tensor, version)
             self.was_read = True  # Before the forward pass ends, the function differentiates inside.
@@ -123,8 +123,8 @@ class RecordedCall:
 
     __slots__ = (
         *("autocast", "before", "buffer_versions", "buffers", "constants", "held", "ids", "is_mixed", "is_plain"),
-        *("keepers", "lasting", "metas", "name", "others", "parameters", "plan", "random", "requires_grad"),
-        *("results", "saved", "states", "stop_after", "surroundings", "tail", "versions", "written"),
+        *("is_self_contained", "keepers", "lasting", "metas", "name", "others", "parameters", "plan", "random"),
+        *("requires_grad", "results", "saved", "states", "stop_after", "surroundings", "tail", "versions", "written"),
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
@@ -139,7 +139,7 @@ class RecordedCall:
             or lasting is None
             or [*map(plan.get_flag, plan.flag_holders)] != plan.training
             or any(plan.empty)  # Filled since then, and missing in `held`.
-            or any(map(_has_own_forward, plan.norm_attributes))
+            or any(map(_has_own_forward, plan.with_class_forward))
             or (HAS_ACCELERATOR and not plan.has_devices_of(held))  # Without an accelerator, no tensor can move.
         ):
             plan, held, lasting = plan_for(function, name)
@@ -148,10 +148,9 @@ class RecordedCall:
         if any_autocast_is_on() != surroundings.is_mixed:
             surroundings.refresh()  # A hook of a function has switched it.
         self.autocast, self.is_mixed = surroundings.autocast, surroundings.is_mixed
-        self.held, self.ids = held, ids
-        self.parameters, self.buffers = plan.pick_parameters(held), plan.pick_buffers(held)
         # Lasting tensors are identified by objects that are held here, so that no other can take the identity (rule 4).
-        self.lasting = lasting
+        self.held, self.ids, self.lasting = held, ids, lasting
+        self.parameters, self.buffers = plan.pick_parameters(held), plan.pick_buffers(held)
         if surroundings.given is not None:
             surroundings.given.note(lasting)
         self.versions = [*map(get_version, self.parameters)]
@@ -172,6 +171,8 @@ class RecordedCall:
         """Shape, dtype and device of each returned tensor; `metas` describes each saved tensor."""
         self.is_plain = True
         """Whether no saved tensor was written to, and none was read before the forward pass ended."""
+        self.is_self_contained = False
+        """Whether the function computed from its input and from its own tensors alone; see `_self_contained`."""
         self.keepers: tuple[AbstractKeeper, ...] = ()
         """Keep parts of the first run for its replay."""
         self.stop_after = -1
@@ -212,6 +213,9 @@ class RecordedCall:
         start = next_sequence_number()  # Nodes with lower numbers existed before the call.
         saved = Saved(filler, index, self.lasting)
         tensors: list[Tensor] = saved.tensors  # type: ignore[assignment]
+        is_closed = plan.is_self_contained and not may_stop_early and function is plan.modules[0]
+        is_closed = is_closed and type(args[0]) is Tensor and not (num_function_modes() or num_dispatch_modes())
+        self.is_self_contained = is_closed  # A mode may replace any operation.
         pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
         if surroundings.is_forward_mode:
             pack = _careful.make_pack(self, saved)
@@ -230,14 +234,18 @@ class RecordedCall:
             raise
         finally:
             pop_saved_tensors_hooks()
-        surroundings.random, after = self.before, cpu_random_state()
-        if self.before[1] != (memory := memory_of(after.data_ptr())) or surroundings.others:
-            surroundings.random = after, bytearray(memory), surroundings.other_states()
-            self.random = _careful.moved(surroundings, self.before, surroundings.random)
-        if checksums is not None or self.states is not None or [*map(get_version, self.parameters)] != self.versions:
+        surroundings.random = self.before
+        if not is_closed:
+            memory = memory_of((after := cpu_random_state()).data_ptr())
+            if self.before[1] != memory or surroundings.others:
+                surroundings.random = after, bytearray(memory), surroundings.other_states()
+                self.random = _careful.moved(surroundings, self.before, surroundings.random)
+        is_written = not is_closed and [*map(get_version, self.parameters)] != self.versions
+        if checksums is not None or self.states is not None or is_written:
             _states.after(self, checksums)
-        results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
-        self.results = plan.results = plan.results if results == plan.results else results
+        self.results = results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
+        if results != plan.results:
+            plan.results, plan.metas = results, []
         if tensors:
             self._keep_slots(saved, tensors, (own := (result, *sources)), start)
             if may_stop_early:
@@ -251,13 +259,14 @@ class RecordedCall:
 
     def _keep_slots(self, saved: Saved, tensors: list[Tensor], own: tuple[Any, ...], start: int) -> None:
         """Record what the slots refer to, and which of them a replay would not compute."""
-        metas, plan, versions = [*map(meta_of, tensors)], self.plan, saved.versions
-        assert versions is not None
-        # Reuse the same list, so that the garbage collector has nothing new to track.
-        self.metas = plan.metas = plan.metas if metas == plan.metas else metas
+        metas = self.plan.metas  # The same list as before, if possible: the garbage collector has nothing new to track.
+        if not (self.is_self_contained and len(tensors) == len(metas)):
+            metas = metas if metas == (new := [*map(meta_of, tensors)]) else new
+        self.metas = self.plan.metas = metas
         self.saved = weakref.ref(saved)  # The graph owns it (rule 1).
-        if _may_come_from_elsewhere(tensors, saved.bases, own, start):
-            self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
+        if not self.is_self_contained and _may_come_from_elsewhere(tensors, saved.bases, own, start):
+            self.constants = saved.constants = _careful.find_constants(self, tensors, saved.versions or [], own, start)
+        saved.bases.clear()
         # Versions never decrease, so they show a write at any time.
         self.is_plain = not (any(map(get_version, tensors)) or saved.was_read or self.surroundings.is_forward_mode)
         saved.is_plain = self.is_plain and self.constants is None

@@ -62,17 +62,11 @@ def replay(
 
 
 def _run_again(
-    call: RecordedCall,
-    function: Function,
-    args: Args,
-    lasting: set[int],
-    fill: bool,
-    is_rounded: bool,
-    needs_result: bool,
+    call: RecordedCall, function: Function, args: Args, lasting: set[int], fill: bool, is_rounded: bool, is_whole: bool
 ) -> Any:
     caught: list[Tensor] = []
     pack: Callable[[Tensor], Any] = caught.append  # In C; lasting tensors are removed afterwards.
-    stop_after = -1 if needs_result else call.stop_after
+    stop_after = -1 if is_whole else call.stop_after
     versions: list[int] | None = None
     if not call.is_plain or forward_mode_level() >= 0:
         versions = []
@@ -84,7 +78,7 @@ def _run_again(
     norms = call.plan.norms
     flags: list[tuple[bool, Function | None]] = []
     has_grad = torch.is_grad_enabled()
-    push_saved_tensors_hooks(pack, _identity)  # Only a function that differentiates inside itself unpacks here.
+    push_saved_tensors_hooks(pack, _careful.identity)  # Only a function that differentiates inside itself unpacks here.
     try:
         set_grad_enabled(True)  # A backward pass disables gradients, and nothing would be saved.
         for norm in norms:
@@ -112,7 +106,8 @@ def _run_again(
     tensors = caught
     if versions is None:
         tensors = [t for t in caught if id(t) not in lasting and ((base := t._base) is None or id(base) not in lasting)]
-    metas = [*map(meta_of, tensors)]
+    is_same = call.is_self_contained and len(tensors) == len(call.metas)
+    metas = call.metas if is_same else [*map(meta_of, tensors)]
     if metas != (call.metas if result is not None or stop_after < 0 else call.metas[:stop_after]):
         _careful.fail_metas(call, metas)
     if result is not None:
@@ -146,7 +141,3 @@ def _make_stopping_pack(caught: list[Tensor], lasting: set[int], stop_after: int
 
 
 never_compile(_make_stopping_pack)
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, check_choice, check_count
+from revnet.engine._self_contained import self_contained
 from revnet.models._checks import check_num_classes, check_stages
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
@@ -28,6 +29,7 @@ BlockName = Literal["basic", "bottleneck"]
 StemName = Literal["small", "large"]
 
 
+@self_contained
 class BasicResidual(nn.Module):
     """The residual function of a basic block: BN, ReLU and 3x3 convolution, twice.
 
@@ -57,6 +59,7 @@ class BasicResidual(nn.Module):
         return self.conv2(x)
 
 
+@self_contained
 class BottleneckResidual(nn.Module):
     """The residual function of a bottleneck: BN, ReLU and convolution, with kernels 1x1, 3x3 and 1x1.
 

@@ -28,6 +28,7 @@ from revnet._checks import MOST_CHANNELS, check_count, check_share, check_tensor
 from revnet._torch_release import is_exporting
 from revnet.engine import normalizes_as_batch_norm
 from revnet.engine._keep import not_keeping
+from revnet.engine._self_contained import self_contained
 
 _CONVERTERS = {"convert_sync_batchnorm", "convert_syncbn_model"}
 """Functions of PyTorch, timm and apex that replace each batch norm by a synchronized one."""
@@ -76,6 +77,7 @@ class AbstractAveragingBatchNorm2d(nn.BatchNorm2d, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@self_contained
 class BatchNorm2dBiased(AbstractAveragingBatchNorm2d):
     """Batch norm whose running variance averages the *biased* variance of the batches, as in TensorFlow.
 
@@ -136,6 +138,7 @@ class BatchNorm2dBiased(AbstractAveragingBatchNorm2d):
         self.__dict__["affine"] = affine
 
 
+@self_contained
 class BatchNorm2dUnbiased(AbstractAveragingBatchNorm2d):
     """`torch.nn.BatchNorm2d` whose running statistics fit the network after a few batches.
 

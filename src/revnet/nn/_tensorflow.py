@@ -4,11 +4,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, check_count, check_tensor
+from revnet.engine._self_contained import self_contained
 
 _MOST_PIXELS = 2**15
 """Largest kernel and stride."""
 
 
+@self_contained
 class Conv2dSame(nn.Conv2d):
     """Convolution whose output has size `ceil(input / stride)`, padded like TensorFlow's SAME.
 
