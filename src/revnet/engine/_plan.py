@@ -83,8 +83,8 @@ class Plan:
     data_writes: list[int] = field(default_factory=list)
     """Places of the parameters that the function was observed to write through `.data`."""
     metas: list[Any] = field(default_factory=list)
-    """Shape, dtype and device of each tensor that a call saved. Those of a self-contained function are read only if their
-    number or the results change.
+    """Shape, dtype and device of each tensor that a call saved. For a self-contained function, they are read again only
+    if their number or the results change.
     """
     results: list[Any] = field(default_factory=list)
     """Shape, dtype and device of each tensor that the last call returned."""
