@@ -6,7 +6,7 @@ Start an upgrade of PyTorch with this file.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from types import CodeType
 from typing import Any
 
@@ -16,7 +16,7 @@ import revnet._torch_release  # noqa: F401
 # isort: split
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
 # Fake tensors, which have shapes and no values, the modes that make them, and the exceptions that they raise if a value
@@ -86,6 +86,11 @@ any_autocast_is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # The number of active modes of each kind, which may replace any operation. Replacement: search every call.
 num_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+# The dicts of the hooks that a module calls. `torch.compile` cannot trace this function. Replacement: assume that every
+# module has hooks, which is slower.
+HOOK_NAMES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+hooks_of: Callable[[nn.Module], tuple[Any, ...]] = attrgetter(*HOOK_NAMES)
 
 # Whether a hook is registered on all modules. A block that is not called would miss it. Registering such a hook is
 # public, but asking for one is not. Replacement: call every block, which is slower.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from revnet._torch_internals import HOOK_NAMES
 from revnet.nn._exchanged_class import is_cache
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DICTS = (dict, OrderedDict, defaultdict)
 _LISTS = (list, deque)
 trial_lock = threading.RLock()
@@ -40,7 +40,7 @@ def on_trial(modules: Iterable[nn.Module], *, is_wide: bool) -> Iterator[None]:
         try:
             for attributes, own in before:
                 attributes.update({name: substitutes.of(value) for name, value in own.items()})
-                attributes.update({name: OrderedDict() for name in _HOOKS}, _compiled_call_impl=None)
+                attributes.update({name: OrderedDict() for name in HOOK_NAMES}, _compiled_call_impl=None)
             yield
         finally:
             for attributes, own in before:

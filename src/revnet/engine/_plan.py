@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from revnet._torch_internals import hooks_of
 from revnet._torch_release import convert_in_replays, fsdp_modules_in, warn_if_untested
 from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, keeps_statistics, replayed_norms_of
 from revnet.engine._random import ONLY_CPU
-from revnet.engine._self_contained import hooks_of, is_self_contained
+from revnet.engine._self_contained import is_self_contained
 from revnet.engine._tensors import flatten
 
 _device = attrgetter("device")
@@ -156,7 +157,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
     statistics, fixed, states = _kinds_of_buffers(modules, set(norms))
     values = [holder.values() for holder in dicts if len(holder)]
     held = tuple(flatten(values))
-    hooks = flatten(map(hooks_of, modules)) if (is_closed := is_self_contained(modules)) else ()
+    hooks = flatten(map(hooks_of, modules)) if (is_known := is_self_contained(modules)) else ()
     kinds = [kind for kind, holders in enumerate(by_kind) for holder in holders for _ in holder]
     pick = [
         _picker([place for place, value in enumerate(held) if kinds[place] == kind and value is not None])
@@ -184,7 +185,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
         states=states,
         norms=list(norms.values()),
         sharded=fsdp_modules_in(modules),
-        is_self_contained=is_closed,
+        is_self_contained=is_known,
         keeps_statistics=keeps_statistics(function, list(norms.values())),
         memory_of=(ctypes.c_char * (ctypes.sizeof(ctypes.c_void_p) * len(held))).from_address,
     )

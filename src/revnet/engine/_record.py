@@ -213,9 +213,9 @@ class RecordedCall:
         start = next_sequence_number()  # Nodes with lower numbers existed before the call.
         saved = Saved(filler, index, self.lasting)
         tensors: list[Tensor] = saved.tensors  # type: ignore[assignment]
-        is_closed = plan.is_self_contained and not may_stop_early and function is plan.modules[0]
-        is_closed = is_closed and type(args[0]) is Tensor and not (num_function_modes() or num_dispatch_modes())
-        self.is_self_contained = is_closed  # A mode may replace any operation.
+        is_known = plan.is_self_contained and not may_stop_early and function is plan.modules[0]
+        is_known = is_known and type(args[0]) is Tensor and not (num_function_modes() or num_dispatch_modes())
+        self.is_self_contained = is_known  # A mode may replace any operation.
         pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
         if surroundings.is_forward_mode:
             pack = _careful.make_pack(self, saved)
@@ -235,12 +235,12 @@ class RecordedCall:
         finally:
             pop_saved_tensors_hooks()
         surroundings.random = self.before
-        if not is_closed:
+        if not is_known:
             memory = memory_of((after := cpu_random_state()).data_ptr())
             if self.before[1] != memory or surroundings.others:
                 surroundings.random = after, bytearray(memory), surroundings.other_states()
                 self.random = _careful.moved(surroundings, self.before, surroundings.random)
-        is_written = not is_closed and [*map(get_version, self.parameters)] != self.versions
+        is_written = not is_known and [*map(get_version, self.parameters)] != self.versions
         if checksums is not None or self.states is not None or is_written:
             _states.after(self, checksums)
         self.results = results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
@@ -264,9 +264,10 @@ class RecordedCall:
             metas = metas if metas == (new := [*map(meta_of, tensors)]) else new
         self.metas = self.plan.metas = metas
         self.saved = weakref.ref(saved)  # The graph owns it (rule 1).
-        if not self.is_self_contained and _may_come_from_elsewhere(tensors, saved.bases, own, start):
+        may_have_constants = not self.is_self_contained and _may_come_from_elsewhere(tensors, saved.bases, own, start)
+        saved.bases.clear()  # The hook, too, refers to this list, and `find_constants` counts references once more.
+        if may_have_constants:
             self.constants = saved.constants = _careful.find_constants(self, tensors, saved.versions or [], own, start)
-        saved.bases.clear()
         # Versions never decrease, so they show a write at any time.
         self.is_plain = not (any(map(get_version, tensors)) or saved.was_read or self.surroundings.is_forward_mode)
         saved.is_plain = self.is_plain and self.constants is None
@@ -301,7 +302,6 @@ def _may_come_from_elsewhere(tensors: list[Tensor], bases: list[Tensor], own: tu
             seen.append(id(base))
             held.append(base)
     nodes = [*map(_node_of, held)]
-    bases.clear()  # The hook, too, refers to this list, and `find_constants` counts references once more.
     return None in nodes or min(map(sequence_number_of, nodes), default=start) < start
 
 

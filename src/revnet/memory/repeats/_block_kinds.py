@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from revnet._torch_internals import hooks_of
 from revnet.nn import ReversibleSequential
 from revnet.nn.attention import CrossAttention, FullAttention
 from revnet.nn.blocks._schedule import ModuleCache
@@ -37,7 +38,8 @@ def kinds_of_blocks(model: nn.Module, sequence: ReversibleSequential) -> list[in
     known: list[Any] = []
     kinds = []
     for block in sequence:
-        is_alone = not _shares_tensors(block, num_uses) and not any(map(_has_hooks, block.modules()))
+        has_hooks = any(map(any, map(hooks_of, block.modules())))
+        is_alone = not _shares_tensors(block, num_uses) and not has_hooks
         structure = _structure_of(block) if is_alone else None
         # Usually it is like the one before.
         kind = next((index for index in range(len(known) - 1, -1, -1) if structure and known[index] == structure), -1)
@@ -64,12 +66,6 @@ def _keys_of(tensor: Tensor) -> tuple[Any, ...]:
 def _shares_tensors(block: nn.Module, num_uses: Counter[Any]) -> bool:
     return any(
         num_uses[key] > 1 for module in block.modules() for tensor in own_tensors(module) for key in _keys_of(tensor)
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

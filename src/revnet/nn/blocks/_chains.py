@@ -104,6 +104,7 @@ def has_own_call(module: nn.Module, base: type[nn.Module]) -> bool:
     This is so if it has hooks, or a `forward` that a subclass overrides or that a tool has set on the instance.
     """
     return bool(
+        # Without `hooks_of`, which `torch.compile` cannot trace.
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

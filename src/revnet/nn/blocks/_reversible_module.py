@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from revnet._torch_internals import has_global_module_hook
+from revnet._torch_internals import has_global_module_hook, hooks_of
 from revnet._types import Streams, TensorPair
 from revnet.engine import BoundChain
 from revnet.engine._block_hooks import block_calls, call_within
@@ -93,7 +93,7 @@ def read_blocks(blocks: Iterable[Any], reads: Iterable[Reads]) -> list[Any]:
             type(block).forward,
             type(block).half_blocks,
             "forward" in block.__dict__ or "half_blocks" in block.__dict__,
-            any((block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)),
+            any(hooks_of(block)),
             attributes(block),
             list(map(block._modules.get, children)),
             list_name and (type(block._modules[list_name]), *block._modules[list_name]._modules.values()),
